@@ -1,0 +1,207 @@
+"""Memory budgets, and the solver that meets them: it builds candidates on ``meta``, asks `memory()`, and bisects."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from embcomp.config import StrategyConfig, make_config, strategy_of
+from embcomp.errors import BudgetError, ConfigError
+from embcomp.memory import MemoryReport, format_bytes
+from embcomp.tables import EmbeddingTables, Knowledge, TableSpec, check_group
+
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_HELP = "write '10%', '0.1', '10x' (ten times smaller), '64MiB', '64MB' or '4096B'"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A memory budget: a number of bytes, or a share of the float32 tables.
+
+    Attributes:
+        count: bytes, or None.
+        share: in ``(0, 1]``, or None.
+        text: as it was written.
+    """
+
+    count: int | None
+    share: float | None
+    text: str
+
+    @classmethod
+    def parse(cls, value: str | float | Budget) -> Budget:
+        """Read a budget: ``"64MiB"``, ``"64MB"``, ``"4096B"``, ``"10%"``, ``"0.1"``, ``0.1`` or ``"10x"``.
+
+        Raises:
+            BudgetError: if it can't be read, is not positive, or is above 100 %.
+        """
+        if isinstance(value, Budget):
+            return value
+        text = str(value).strip()
+        match = re.fullmatch(r"([-+]?[\d.]+(?:e[-+]?\d+)?)\s*(%|x|[kmg]?i?b)?", text, re.IGNORECASE)
+        if isinstance(value, bool) or match is None:
+            raise BudgetError(f"budget {value!r} can't be read; {_HELP}")
+        try:
+            number = float(match[1])
+        except ValueError:
+            raise BudgetError(f"budget {value!r} can't be read; {_HELP}") from None
+        unit = (match[2] or "").lower()
+        if not (number > 0 and math.isfinite(number)):
+            raise BudgetError(f"budget {value!r} must be above zero; {_HELP}")
+        if unit in _UNITS:
+            count = int(number * _UNITS[unit])
+            if count < 1:
+                raise BudgetError(f"budget {value!r} is less than one byte; {_HELP}")
+            return cls(count, None, text)
+        share = {"%": number / 100, "x": 1 / number, "": number}[unit]
+        if share > 1:
+            raise BudgetError(f"budget {value!r} is above 100% of the float32 tables; {_HELP}")
+        return cls(None, share, text)
+
+    def bytes(self, full_bytes: int) -> int:
+        """The budget in bytes, for tables that take ``full_bytes`` as float32.
+
+        Raises:
+            BudgetError: if it is more than the float32 tables take.
+        """
+        if self.count is None:
+            return int((self.share or 0) * full_bytes + 1e-6)
+        if self.count > full_bytes:
+            raise BudgetError(
+                f"budget {self.text} is above 100%: the float32 tables take {format_bytes(full_bytes)} ({full_bytes} B)"
+            )
+        return self.count
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be built, and its bytes, before anything is allocated.
+
+    Attributes:
+        specs: the tables.
+        config: the strategy's config with every size filled in.
+        budget_bytes: what was asked for, or None.
+        report: the bytes of the tables that `build` makes.
+        counts: id counts that were given; `build` hands them to strategies that keep a remap.
+    """
+
+    specs: tuple[TableSpec, ...]
+    config: StrategyConfig
+    budget_bytes: int | None
+    report: MemoryReport
+    counts: Mapping[str, torch.Tensor]
+
+    def build(self, device: torch.device | str | None = None) -> EmbeddingTables:
+        """Build the tables.
+
+        Args:
+            device: where to; the default device if None.
+        """
+        tables_class = strategy_of(self.config).tables_class
+        tables = tables_class(self.specs, self.config, self.counts)
+        return tables if device is None else tables.to(device)
+
+    def __str__(self) -> str:
+        asked = "no budget" if self.budget_bytes is None else f"budget {format_bytes(self.budget_bytes)}"
+        return f"{strategy_of(self.config).name}, {asked}\n{self.report}"
+
+
+def plan(
+    specs: Sequence[TableSpec],
+    strategy: str | StrategyConfig,
+    budget: str | float | Budget | None = None,
+    counts: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Any] | None = None,
+    budget_on: str = "serve",
+) -> Plan:
+    """Choose the sizes of a strategy so that its tables fit a budget; nothing is allocated.
+
+    Args:
+        specs: tables of one group (one ``embedding_dim``).
+        strategy: a strategy's name or config.
+        budget: see `Budget.parse`; None where the config says its sizes itself.
+        counts: table name -> ``(V,)`` counts of ids in the training data, where known.
+        weights: table name -> ``(V, D)`` trained tables, where the plan may look at them.
+        budget_on: ``"serve"``, or ``"train:<optimizer>"`` for parameters, gradients and optimizer state.
+
+    Raises:
+        BudgetError: if the budget can't be read or met; ``minimum_bytes`` is the smallest feasible one.
+        ConfigError: if the config is wrong, or leaves its size open and there is no budget.
+    """
+    specs, config = check_group(specs), make_config(strategy)
+    known = Knowledge.of(specs, counts, weights)
+    tables_class = strategy_of(config).tables_class
+    if budget is None:
+        config = tables_class.complete(specs, config, known)
+        return Plan(specs, config, None, measure(specs, config), known.counts)
+    allowed = Budget.parse(budget).bytes(sum(spec.full_bytes for spec in specs))
+    config, report = _solve(specs, config, allowed, known, budget_on)
+    return Plan(specs, config, allowed, report, known.counts)
+
+
+def build_tables(
+    specs: Sequence[TableSpec],
+    strategy: str | StrategyConfig = "full",
+    budget: str | float | Budget | None = None,
+    counts: Mapping[str, Any] | None = None,
+    device: torch.device | str | None = None,
+) -> EmbeddingTables:
+    """Plan and build in one call; see `plan`."""
+    return plan(specs, strategy, budget, counts).build(device)
+
+
+def measure(specs: Sequence[TableSpec], config: StrategyConfig) -> MemoryReport:
+    """The memory report of tables with a complete config, built on ``meta``."""
+    with torch.device("meta"):
+        return strategy_of(config).tables_class(specs, config).memory()
+
+
+def _solve(
+    specs: tuple[TableSpec, ...], config: StrategyConfig, allowed: int, known: Knowledge, budget_on: str
+) -> tuple[StrategyConfig, MemoryReport]:
+    tables_class = strategy_of(config).tables_class
+
+    def candidate(size: int) -> tuple[StrategyConfig, MemoryReport]:
+        sized = tables_class.resize(specs, config, size, known)
+        return sized, measure(specs, sized)
+
+    low, high = tables_class.size_range(specs, config, known)
+    best = candidate(low)
+    if _cost(best[1], budget_on) > allowed:
+        raise _too_small(specs, config, allowed, _cost(best[1], budget_on))
+    while low < high:
+        middle = (low + high + 1) // 2
+        tried = candidate(middle)
+        if _cost(tried[1], budget_on) <= allowed:
+            low, best = middle, tried
+        else:
+            high = middle - 1
+    return best
+
+
+def _cost(report: MemoryReport, budget_on: str) -> int:
+    kind, _, optimizer = budget_on.partition(":")
+    if kind == "serve" and not optimizer:
+        return report.serve_bytes
+    if kind == "train":
+        return report.train_bytes(optimizer or "adam")
+    raise ConfigError(f"budget_on={budget_on!r}: write 'serve', or 'train:adam' with the optimizer's name")
+
+
+def _too_small(specs: tuple[TableSpec, ...], config: StrategyConfig, allowed: int, minimum: int) -> BudgetError:
+    full = sum(spec.full_bytes for spec in specs)
+    name = strategy_of(config).name
+    return BudgetError(
+        f"strategy {name!r} can't fit {len(specs)} tables ({format_bytes(full)} as float32) into {allowed} B "
+        f"({allowed / full:.3%}); its smallest feasible budget is {minimum} B ({minimum / full:.3%}): "
+        f"ask for '{minimum}B', fewer bits (rows='int4'), or another strategy",
+        minimum_bytes=minimum,
+    )

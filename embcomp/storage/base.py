@@ -1,0 +1,71 @@
+"""The interface of a row store: how rows are kept, independent of which rows an id uses and of what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+Segment = Tensor | int | None
+"""Which segment (table) each row belongs to: int64 broadcastable to the rows, one int, or None for column t = segment t."""
+
+
+class RowStore(nn.Module):
+    """Rows of one width, in consecutive segments (one per logical table, or a single one for a shared pool).
+
+    A store has a training form, made by `embcomp.storage.make_row_store`, and a serving form, made by `finalize`.
+    Both have the same ``forward``; the bytes that are reported are always those of the serving form.
+
+    Args:
+        segments: rows in each segment; their sum is R.
+        dim: values per row, d.
+    """
+
+    def __init__(self, segments: Sequence[int], dim: int) -> None:
+        super().__init__()
+        self.segments = tuple(int(rows) for rows in segments)
+        self.num_rows = sum(self.segments)
+        self.dim = int(dim)
+
+    def forward(self, rows: Tensor, segment: Segment = None) -> Tensor:
+        """Look up rows.
+
+        Args:
+            rows: int64 ``(...)`` in ``[0, R)``, counted over all segments.
+            segment: the segment of each row; stores whose scales belong to segments need it, the others ignore it.
+
+        Returns:
+            float32 ``(..., d)``.
+        """
+        raise NotImplementedError
+
+    def serve_bytes(self) -> list[int]:
+        """Bytes of the serving form, per segment; shared parts are in the first segment."""
+        raise NotImplementedError
+
+    def reset_parameters(self, std: Sequence[float], generator: torch.Generator | None = None) -> None:
+        """Draw every row from N(0, std²), with one ``std`` per segment."""
+        raise NotImplementedError
+
+    def write_(self, start: int, values: Tensor) -> None:
+        """Overwrite the rows ``start, start + 1, …`` with float32 ``(N, d)``."""
+        raise NotImplementedError
+
+    def fit_scales_(self) -> None:
+        """Fit scales (if any) to the rows as they are now; called once after rows were written from trained tables."""
+
+    def finalize(self) -> RowStore:
+        """Return the serving form: no gradients, smallest bytes, the same vectors as evaluation of this form."""
+        raise NotImplementedError
+
+    def starts(self) -> list[int]:
+        """First row of each segment."""
+        starts, total = [], 0
+        for rows in self.segments:
+            starts.append(total)
+            total += rows
+        return starts
+
+    def extra_repr(self) -> str:
+        return f"rows={self.num_rows}, dim={self.dim}, segments={len(self.segments)}, serve_bytes={sum(self.serve_bytes())}"

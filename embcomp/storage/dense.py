@@ -1,0 +1,67 @@
+"""Dense rows: float32, bfloat16 or float16, with dense or row-sparse gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from embcomp.storage.base import RowStore, Segment
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class DenseRows(RowStore):
+    """Rows as one float matrix ``(R, d)``.
+
+    Args:
+        segments: rows in each segment.
+        dim: values per row, d.
+        serve_dtype: the dtype of the serving form. While training, a float32 master copy is kept and lookups round
+            through ``serve_dtype`` (gradients pass straight through), so what is trained is what is served.
+        pure: train in ``serve_dtype`` itself: half the training memory, at the cost of small updates that round away.
+        sparse: row-sparse gradients (for ``SGD``, ``Adagrad``, ``SparseAdam`` and embcomp's row-wise Adagrad).
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[int],
+        dim: int,
+        serve_dtype: torch.dtype = torch.float32,
+        pure: bool = False,
+        sparse: bool = False,
+    ) -> None:
+        super().__init__(segments, dim)
+        self.serve_dtype = serve_dtype
+        self.sparse = sparse
+        dtype = serve_dtype if pure else torch.float32
+        self.weight = nn.Parameter(torch.empty(self.num_rows, dim, dtype=dtype))
+
+    def forward(self, rows: Tensor, segment: Segment = None) -> Tensor:
+        vectors = F.embedding(rows, self.weight, sparse=self.sparse)
+        if self.weight.dtype != self.serve_dtype:
+            vectors = vectors + (vectors.detach().to(self.serve_dtype).to(vectors.dtype) - vectors.detach())
+        return vectors.to(torch.float32)
+
+    def serve_bytes(self) -> list[int]:
+        return [rows * self.dim * self.serve_dtype.itemsize for rows in self.segments]
+
+    @torch.no_grad()
+    def reset_parameters(self, std: Sequence[float], generator: torch.Generator | None = None) -> None:
+        if self.weight.is_meta:
+            return
+        for start, rows, deviation in zip(self.starts(), self.segments, std, strict=True):
+            self.weight[start : start + rows].normal_(0.0, deviation, generator=generator)
+
+    @torch.no_grad()
+    def write_(self, start: int, values: Tensor) -> None:
+        self.weight[start : start + len(values)].copy_(values)
+
+    def finalize(self) -> RowStore:
+        served = DenseRows.__new__(DenseRows)
+        RowStore.__init__(served, self.segments, self.dim)
+        served.serve_dtype, served.sparse = self.serve_dtype, False
+        served.weight = nn.Parameter(self.weight.detach().to(self.serve_dtype), requires_grad=False)
+        return served

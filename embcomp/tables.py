@@ -1,0 +1,546 @@
+"""The interface that everything speaks: a group of embedding tables behind one lookup, ``forward(ids, table)``.
+
+Shapes: ``B`` batch, ``T`` tables of the group, ``L`` bag or sequence length, ``V`` ids of a table, ``D`` output
+dimension, ``...`` any leading dimensions.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from embcomp.config import StrategyConfig
+from embcomp.errors import ConfigError, IncompatibleStateError, InputError, SpecError, UnseenIdError, did_you_mean
+from embcomp.hashing import hash_seed, hash_to_range
+from embcomp.memory import SHARED, MemoryPart, MemoryReport, format_bytes
+from embcomp.storage import RowStore
+
+CHUNK = 65536
+"""Ids that are composed at once where a whole vocabulary is asked for."""
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """A logical embedding table, as the model sees it.
+
+    Attributes:
+        name: stable name; hash seeds are derived from it.
+        num_embeddings: V, ids are in ``[0, V)``.
+        embedding_dim: D.
+        padding_idx: an id whose vector is always zero and never trained, or None.
+        init_std: standard deviation that the plain table's initial entries have; every strategy matches it.
+
+    Raises:
+        SpecError: if a size is not positive, or ``padding_idx`` is outside ``[0, V)``.
+    """
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None = None
+    init_std: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name or self.name == SHARED:
+            raise SpecError(f"table name {self.name!r}: give a non-empty string other than {SHARED!r}")
+        for what in ("num_embeddings", "embedding_dim"):
+            value = getattr(self, what)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise SpecError(f"table {self.name!r}: {what}={value!r} must be an int of at least 1")
+        if self.padding_idx is not None and not 0 <= self.padding_idx < self.num_embeddings:
+            raise SpecError(
+                f"table {self.name!r}: padding_idx={self.padding_idx!r} is outside [0, {self.num_embeddings})"
+            )
+        if not self.init_std >= 0:
+            raise SpecError(f"table {self.name!r}: init_std={self.init_std!r} must be at least 0")
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes of the plain float32 table."""
+        return 4 * self.num_embeddings * self.embedding_dim
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What is known of the data when tables are planned: both may be empty, and plans are then made from sizes alone.
+
+    Attributes:
+        counts: table name -> int64 ``(V,)``, how often each id occurs in the training data.
+        weights: table name -> float ``(V, D)``, trained tables that are to be compressed.
+    """
+
+    counts: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        specs: Sequence[TableSpec],
+        counts: Mapping[str, Any] | None = None,
+        weights: Mapping[str, Any] | None = None,
+    ) -> Knowledge:
+        """Check counts and weights against the specs and turn them into tensors.
+
+        Raises:
+            SpecError: for a table that does not exist, a wrong length or shape, or negative or non-finite counts.
+        """
+        by_name = {spec.name: spec for spec in specs}
+        return cls(_checked_counts(by_name, counts or {}), _checked_weights(by_name, weights or {}))
+
+
+class EmbeddingTables(nn.Module):
+    """A group of logical tables that share an output dimension D: the base of every strategy.
+
+    A subclass writes `lookup` (ids to vectors), `fit` (trained tables to its own form), `size_range` and `resize` (what
+    the budget turns), and builds its row stores in ``__init__``, which ends with ``self.reset_parameters()``.
+
+    Args:
+        specs: the tables; all of one ``embedding_dim``, with different names.
+        config: the strategy's config, with every size filled in.
+        counts: optional id counts, for strategies that keep a remap.
+
+    Raises:
+        SpecError: if the specs do not make a group.
+    """
+
+    knob: ClassVar[str] = "nothing"
+    """What the budget turns, for people: ``"rows"``, ``"rank"``, ``"bits"``, …"""
+    knob_is_fine: ClassVar[bool] = True
+    """Whether steps of the knob are small enough to use 98 % of a budget."""
+    takes_any_id: ClassVar[bool] = False
+    """Whether `lookup` takes every int64 id, so that ``unseen="hash"`` needs no detour."""
+
+    def __init__(self, specs: Sequence[TableSpec], config: StrategyConfig, counts: Mapping[str, Tensor] | None = None):
+        super().__init__()
+        self.specs = check_group(specs)
+        self.config = config
+        self.embedding_dim = self.specs[0].embedding_dim
+        self.num_tables = len(self.specs)
+        self.names = tuple(spec.name for spec in self.specs)
+        self.is_final = False
+        oov = 1 if config.unseen == "oov_row" else 0
+        self.num_ids = tuple(spec.num_embeddings + oov for spec in self.specs)
+        self._smallest = min(spec.num_embeddings for spec in self.specs)
+        self._has_padding = any(spec.padding_idx is not None for spec in self.specs)
+        self.constant("_sizes", [spec.num_embeddings for spec in self.specs])
+        self.constant("_pads", [-1 if spec.padding_idx is None else spec.padding_idx for spec in self.specs])
+        self.constant("_unseen_seeds", [hash_seed(config.seed, name, "unseen") for name in self.names])
+
+    # ---- what a strategy writes -------------------------------------------------------------------------------------
+
+    def lookup(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
+        """Compose vectors of ids that are known to be in ``[0, num_ids[t])``; the strategy's mathematics.
+
+        Args:
+            ids: int64 ``(...)``.
+            table: int, or int64 broadcastable to ``ids``, or None where ids are ``(..., T)``, one column per table.
+
+        Returns:
+            float32 ``(..., D)``.
+        """
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Draw initial weights, such that composed vectors have each table's ``init_std``."""
+        raise NotImplementedError
+
+    def fit(self, weights: Sequence[Tensor], counts: Sequence[Tensor]) -> None:
+        """Fit the compressed form to trained tables, float32 ``(num_ids[t], D)`` each, weighted by float32 counts."""
+        raise NotImplementedError
+
+    @classmethod
+    def size_range(cls, specs: Sequence[TableSpec], config: StrategyConfig, known: Knowledge) -> tuple[int, int]:
+        """Smallest and largest value of the size that the budget turns; serve bytes never fall as it grows."""
+        raise NotImplementedError
+
+    @classmethod
+    def resize(
+        cls, specs: Sequence[TableSpec], config: StrategyConfig, size: int, known: Knowledge
+    ) -> StrategyConfig:
+        """Fill in the config's sizes for one value of the size; the result builds the tables without ``known``."""
+        raise NotImplementedError
+
+    @classmethod
+    def complete(cls, specs: Sequence[TableSpec], config: StrategyConfig, known: Knowledge) -> StrategyConfig:
+        """Fill in the config's sizes where no budget is given.
+
+        Raises:
+            ConfigError: where the config leaves the size open and the strategy has no default for it.
+        """
+        raise ConfigError(f"{type(config).__name__} leaves its size ({cls.knob}) open: give budget=, for example '10%'")
+
+    def penalty(self) -> Tensor:
+        """The strategy's own loss term, a float32 scalar to add to the training loss."""
+        return torch.zeros((), device=self._sizes.device)
+
+    # ---- lookups ----------------------------------------------------------------------------------------------------
+
+    def forward(self, ids: Tensor, table: Tensor | int | str | None = None) -> Tensor:
+        """Look up vectors: the one primitive.
+
+        Args:
+            ids: int64 (or int32) ``(...)``; values outside ``[0, V)`` follow the config's ``unseen`` policy.
+            table: which table each id is of: an index or a name, an int64 tensor broadcastable to ``ids``, or None
+                for ``(..., T)`` ids with one column per table (and for groups of a single table).
+
+        Returns:
+            float32 ``(..., D)``.
+
+        Raises:
+            UnseenIdError: if ``unseen="error"`` and an id is outside its table.
+            InputError: if ids or table have the wrong dtype, device or shape.
+        """
+        ids, column = self._checked(ids, table)
+        ids, blank = self._apply_unseen(ids, column)
+        vectors = self.lookup(ids, column)
+        if blank is not None:
+            vectors = vectors.masked_fill(blank.unsqueeze(-1), 0.0)
+        return vectors
+
+    def bag(
+        self,
+        ids: Tensor,
+        offsets: Tensor | None = None,
+        table: Tensor | int | str | None = 0,
+        per_sample_weights: Tensor | None = None,
+        mode: str = "sum",
+        include_last_offset: bool = False,
+    ) -> Tensor:
+        """Compose first, pool second: like ``nn.EmbeddingBag``, which pads and empty bags follow too.
+
+        Args:
+            ids: int64 ``(N,)`` with ``offsets``, or ``(B, L)`` without.
+            offsets: int64 ``(B,)`` start of each bag, or ``(B + 1,)`` with ``include_last_offset``.
+            table: as in `forward`, broadcastable to ``ids``.
+            per_sample_weights: float ``(N,)`` or ``(B, L)``; only with ``mode="sum"``.
+            mode: ``sum``, ``mean`` or ``max``. Padding ids count for nothing; empty bags give zeros.
+            include_last_offset: whether ``offsets`` ends with N.
+
+        Returns:
+            float32 ``(B, D)``.
+        """
+        if ids.dim() == 2:
+            if offsets is not None:
+                raise InputError("bag: ids of shape (B, L) are bags already; give offsets only with ids of shape (N,)")
+            offsets = torch.arange(0, ids.numel() + 1, max(ids.shape[1], 1), device=ids.device)[: len(ids) + 1]
+            if ids.shape[1] == 0:
+                offsets = ids.new_zeros(len(ids) + 1)
+            include_last_offset = True
+        elif ids.dim() != 1 or offsets is None:
+            raise InputError(f"bag: ids of shape {tuple(ids.shape)} need to be (B, L), or (N,) with offsets")
+        if per_sample_weights is not None and per_sample_weights.shape != ids.shape:
+            raise InputError(
+                f"bag: per_sample_weights {tuple(per_sample_weights.shape)} and ids {tuple(ids.shape)} differ in shape"
+            )
+        vectors = self(ids, table).reshape(-1, self.embedding_dim)
+        padding, position = self._bag_padding(ids, table), torch.arange(len(vectors), device=ids.device)
+        padding_idx = None
+        if padding is not None:
+            padding_idx = len(vectors)
+            position = torch.where(padding.reshape(-1), padding_idx, position)
+        if padding is not None or len(vectors) == 0:
+            vectors = torch.cat([vectors, vectors.new_zeros(1, self.embedding_dim)])
+        weights = None if per_sample_weights is None else per_sample_weights.reshape(-1).to(vectors.dtype)
+        return F.embedding_bag(
+            position,
+            vectors,
+            offsets.to(position.dtype),
+            mode=mode,
+            per_sample_weights=weights,
+            include_last_offset=include_last_offset,
+            padding_idx=padding_idx,
+        )
+
+    def materialize(self, table: int | str = 0, ids: Tensor | None = None) -> Tensor:
+        """Dense rows of a table: float32 ``(V, D)``, or ``(len(ids), D)``; differentiable, composed chunk by chunk."""
+        index = self.index_of(table)
+        if ids is None:
+            ids = torch.arange(self.specs[index].num_embeddings, device=self._sizes.device)
+        chunks = [self(chunk, index) for chunk in ids.split(CHUNK)]
+        return torch.cat(chunks) if chunks else self(ids, index)
+
+    def scores(self, table: int | str, queries: Tensor) -> Tensor:
+        """Inner products with every row of a table, composed chunk by chunk.
+
+        Args:
+            table: index or name.
+            queries: float ``(..., D)``.
+
+        Returns:
+            float ``(..., V)``.
+        """
+        index = self.index_of(table)
+        every_id = torch.arange(self.specs[index].num_embeddings, device=self._sizes.device)
+        return torch.cat([queries @ self(chunk, index).transpose(0, 1) for chunk in every_id.split(CHUNK)], dim=-1)
+
+    def index_of(self, table: int | str) -> int:
+        """The index of a table given by name or index.
+
+        Raises:
+            InputError: if there is no such table.
+        """
+        if isinstance(table, str):
+            if table not in self.names:
+                raise InputError(f"no table {table!r} in this group; {did_you_mean(table, self.names)}")
+            return self.names.index(table)
+        if not 0 <= table < self.num_tables:
+            raise InputError(f"table {table} is outside [0, {self.num_tables}); tables: {', '.join(self.names)}")
+        return table
+
+    def pick(self, constants: Tensor, table: Tensor | int | None) -> Tensor:
+        """Per-table constants ``(T, ...)`` for the tables of a lookup; None stands for all of them, in order."""
+        return constants if table is None else constants[table]
+
+    # ---- life -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def load_dense_(
+        self, weights: Mapping[str, Tensor], counts: Mapping[str, Tensor] | None = None
+    ) -> EmbeddingTables:
+        """Fit the compressed form to trained tables, as closely as the strategy can.
+
+        Args:
+            weights: table name -> float ``(V, D)``, for every table.
+            counts: table name -> ``(V,)`` how often ids occur: errors are weighted by them.
+
+        Raises:
+            SpecError: if a table is missing or has another shape.
+            IncompatibleStateError: if the tables are finalized already.
+        """
+        if self.is_final:
+            raise IncompatibleStateError("load_dense_: these tables are finalized; fit first, finalize afterwards")
+        known = Knowledge.of(self.specs, counts, weights)
+        missing = [name for name in self.names if name not in known.weights]
+        if missing:
+            raise SpecError(f"load_dense_: no weights for tables {', '.join(missing)}")
+        dense, frequency = [], []
+        for spec, num_ids in zip(self.specs, self.num_ids, strict=True):
+            rows = known.weights[spec.name].to(self._sizes.device, torch.float32)
+            count = known.counts.get(spec.name, torch.ones(len(rows))).to(rows.device, torch.float32)
+            count = count.clamp_min(1e-3 * float(count.mean().clamp_min(1e-3)))  # unseen ids still matter a little
+            if num_ids > len(rows):
+                mean = (rows * count[:, None]).sum(0, keepdim=True) / count.sum()
+                rows, count = torch.cat([rows, mean]), torch.cat([count, count.min()[None]])
+            dense.append(rows)
+            frequency.append(count)
+        self.fit(dense, frequency)
+        for module in self.modules():
+            if isinstance(module, RowStore):
+                module.fit_scales_()
+        return self
+
+    def finalize_(self) -> EmbeddingTables:
+        """Turn into the serving form, in place: smallest bytes, no gradients, the same vectors as evaluation."""
+        for module in list(self.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, RowStore):
+                    setattr(module, name, child.finalize())
+            if isinstance(module, EmbeddingTables):
+                module.is_final = True
+        self.requires_grad_(False)
+        return self.eval()
+
+    def finalize(self) -> EmbeddingTables:
+        """Return the serving form and keep this one."""
+        return copy.deepcopy(self).finalize_()
+
+    def memory(self) -> MemoryReport:
+        """Count every byte, part by part; the serve bytes are those of the finalized form, before and after it."""
+        parts: list[MemoryPart] = []
+        for name, child in self.named_children():
+            if isinstance(child, RowStore):
+                parts += self._store_parts(name, child)
+            elif any(True for _ in child.parameters()) or any(True for _ in child.buffers()):
+                parts += [part for tensor in child.state_dict().values() for part in self._tensor_parts(name, tensor)]
+        own = dict(self.named_parameters(recurse=False)) | dict(self.named_buffers(recurse=False))
+        for name, tensor in own.items():
+            if name not in self._non_persistent_buffers_set:
+                parts += self._tensor_parts(name, tensor)
+        return MemoryReport(tuple(parts), sum(spec.full_bytes for spec in self.specs))
+
+    def constant(self, name: str, values: Sequence[int] | Sequence[float] | Tensor) -> None:
+        """Register a small per-table constant that is derived from the config: on every device, in no file."""
+        tensor = values if isinstance(values, Tensor) else torch.tensor(values, device="cpu")
+        self.register_buffer(name, tensor, persistent=False)
+
+    def generator(self, purpose: str = "init") -> torch.Generator:
+        """A CPU random generator seeded by the config's seed, the group's names and a purpose."""
+        generator = torch.Generator(device="cpu")
+        generator.manual_seed(hash_seed(self.config.seed, purpose, *self.names) & 0x7FFFFFFFFFFFFFFF)
+        return generator
+
+    def extra_repr(self) -> str:
+        report = self.memory()
+        return (
+            f"tables={self.num_tables}, dim={self.embedding_dim}, serve={format_bytes(report.serve_bytes)} "
+            f"({report.ratio:.2%} of float32), rows={self.config.rows!r}, unseen={self.config.unseen!r}"
+        )
+
+    # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _checked(self, ids: Tensor, table: Tensor | int | str | None) -> tuple[Tensor, Tensor | int | None]:
+        if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+            got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+            raise InputError(f"ids of tables {self._some_names()} must be an int64 tensor, not {got}: call ids.long()")
+        if ids.device != self._sizes.device:
+            raise InputError(
+                f"ids are on {ids.device}, tables {self._some_names()} on {self._sizes.device}: move one of them"
+            )
+        ids = ids.long()
+        if isinstance(table, Tensor):
+            if table.dtype not in (torch.int64, torch.int32):
+                raise InputError(f"table must be an int64 tensor, not {table.dtype}")
+            try:
+                torch.broadcast_shapes(table.shape, ids.shape)
+            except RuntimeError:
+                raise InputError(
+                    f"table of shape {tuple(table.shape)} does not broadcast to ids of shape {tuple(ids.shape)}"
+                ) from None
+            return ids, table.long()
+        if table is not None:
+            return ids, self.index_of(table)
+        if self.num_tables == 1:
+            return ids, 0
+        if ids.dim() == 0 or ids.shape[-1] != self.num_tables:
+            raise InputError(
+                f"ids of shape {tuple(ids.shape)} without table= need one column for each of the {self.num_tables} "
+                f"tables {self._some_names()}; say table= for ids of one table"
+            )
+        return ids, None
+
+    def _apply_unseen(self, ids: Tensor, table: Tensor | int | None) -> tuple[Tensor, Tensor | None]:
+        """Bring ids into range by the policy; also say which vectors must be zero (None: no vector)."""
+        policy = self.config.unseen
+        blank = None
+        if policy == "error":
+            self._raise_if_unseen(ids, table)
+        elif not (policy == "hash" and self.takes_any_id):
+            sizes = self.pick(self._sizes, table)
+            unseen = (ids < 0) | (ids >= sizes)
+            if policy == "zero":
+                ids, blank = ids.masked_fill(unseen, 0), unseen
+            elif policy == "oov_row":
+                ids = torch.where(unseen, sizes, ids)
+            else:
+                ids = torch.where(unseen, hash_to_range(ids, self.pick(self._unseen_seeds, table), sizes), ids)
+        if self._has_padding:
+            padding = ids == self.pick(self._pads, table)
+            if policy == "hash" and not self.takes_any_id:
+                padding = padding & ~unseen
+            blank = padding if blank is None else blank | padding
+        return ids, blank
+
+    def _raise_if_unseen(self, ids: Tensor, table: Tensor | int | None) -> None:
+        if ids.is_meta or ids.numel() == 0:
+            return
+        if torch.compiler.is_compiling():
+            sizes = self.pick(self._sizes, table)
+            inside = ((ids >= 0) & (ids < sizes)).all()
+            torch._assert_async(inside, f"an id is outside its table (tables {self._some_names()}, unseen='error')")
+            return
+        low, high = torch.aminmax(ids)
+        if low >= 0 and high < self._smallest:
+            return
+        sizes = self.pick(self._sizes, table)
+        if low >= 0 and (ids - sizes).max() < 0:
+            return
+        ids, sizes = torch.broadcast_tensors(ids, sizes)
+        where = ((ids < 0) | (ids >= sizes)).nonzero()[0].tolist()
+        index = len(where) and tuple(where) or ()
+        owner = table if table is not None else torch.arange(self.num_tables, device=ids.device)
+        owner = int(torch.broadcast_to(torch.as_tensor(owner, device=ids.device), ids.shape)[index])
+        raise UnseenIdError(
+            f"id {int(ids[index])} at position {where} is outside table {self.names[owner]!r}, which has ids in "
+            f"[0, {int(sizes[index])}); fix the ids, or set unseen='zero', 'oov_row' or 'hash' in the config"
+        )
+
+    def _bag_padding(self, ids: Tensor, table: Tensor | int | str | None) -> Tensor | None:
+        if not self._has_padding:
+            return None
+        return ids == self.pick(self._pads, self._checked(ids, table)[1])
+
+    def _store_parts(self, name: str, store: RowStore) -> list[MemoryPart]:
+        owners = self.names if len(store.segments) == self.num_tables else (SHARED,) * len(store.segments)
+        values = sum(p.numel() for p in store.parameters() if p.requires_grad)
+        size = sum(p.nbytes for p in store.parameters() if p.requires_grad)
+        sparse = bool(getattr(store, "sparse", False))
+        parts = []
+        for owner, rows, served in zip(owners, store.segments, store.serve_bytes(), strict=True):
+            share = rows / max(store.num_rows, 1)
+            count = round(values * share)
+            parts.append(MemoryPart(owner, name, served, count, rows if values else 0, round(size * share), sparse))
+        return parts
+
+    def _tensor_parts(self, name: str, tensor: Tensor) -> list[MemoryPart]:
+        owners = self.names if tensor.dim() and len(tensor) == self.num_tables else (SHARED,)
+        share = len(owners)
+        values = tensor.numel() // share if tensor.requires_grad else 0
+        rows = 1 if values else 0
+        size = tensor.nbytes // share
+        return [MemoryPart(owner, name, size, values, rows, size) for owner in owners]
+
+    def _some_names(self) -> str:
+        shown = ", ".join(repr(name) for name in self.names[:3])
+        return shown if self.num_tables <= 3 else f"{shown} and {self.num_tables - 3} more"
+
+
+def check_group(specs: Sequence[TableSpec]) -> tuple[TableSpec, ...]:
+    """Check that tables make a group: at least one, different names, one dimension.
+
+    Raises:
+        SpecError: if they do not.
+    """
+    specs = tuple(specs)
+    if not specs:
+        raise SpecError("a group needs at least one TableSpec")
+    names = [spec.name for spec in specs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise SpecError(f"table names must differ; twice there: {', '.join(twice)}")
+    dims = sorted({spec.embedding_dim for spec in specs})
+    if len(dims) > 1:
+        raise SpecError(f"tables of one group share embedding_dim; these have {dims}: make one group per dimension")
+    return specs
+
+
+def _checked_counts(by_name: Mapping[str, TableSpec], counts: Mapping[str, Any]) -> dict[str, Tensor]:
+    checked = {}
+    for name, values in counts.items():
+        spec = _spec_of(by_name, name, "counts")
+        count = torch.as_tensor(values)
+        if count.shape != (spec.num_embeddings,):
+            raise SpecError(
+                f"counts of table {name!r} have shape {tuple(count.shape)}, its ids need ({spec.num_embeddings},)"
+            )
+        if not torch.isfinite(count.double()).all() or (count < 0).any():
+            raise SpecError(f"counts of table {name!r} must be finite and at least 0")
+        checked[name] = count
+    return checked
+
+
+def _checked_weights(by_name: Mapping[str, TableSpec], weights: Mapping[str, Any]) -> dict[str, Tensor]:
+    checked = {}
+    for name, values in weights.items():
+        spec = _spec_of(by_name, name, "weights")
+        weight = torch.as_tensor(values)
+        if weight.shape != (spec.num_embeddings, spec.embedding_dim):
+            raise SpecError(
+                f"weights of table {name!r} have shape {tuple(weight.shape)}, "
+                f"not ({spec.num_embeddings}, {spec.embedding_dim})"
+            )
+        if not torch.isfinite(weight).all():
+            raise SpecError(f"weights of table {name!r} are not all finite")
+        checked[name] = weight
+    return checked
+
+
+def _spec_of(by_name: Mapping[str, TableSpec], name: str, what: str) -> TableSpec:
+    if name not in by_name:
+        raise SpecError(f"{what} for table {name!r}, which does not exist; {did_you_mean(name, by_name)}")
+    return by_name[name]
