@@ -1,0 +1,1 @@
+"""The Hydra sweep by memory budget, its report, and speed benchmarks."""

@@ -1,0 +1,1 @@
+"""Hydra configs: strategy/, model/, data/, training/ and experiment/ groups."""
