@@ -21,19 +21,26 @@ from embcomp.errors import (
     SpecError,
     UnseenIdError,
 )
+from embcomp.io import from_pretrained, load_pretrained_, load_tables, save_pretrained
 from embcomp.memory import MemoryReport, format_bytes
+from embcomp.planning import plan_groups
 from embcomp.strategies import *  # noqa: F403
 from embcomp.strategies import __all__ as _strategy_names
+from embcomp.swap import Compression, compress_, finalize_, to_dense
 from embcomp.tables import EmbeddingTables, Knowledge, TableSpec
+from embcomp.views import EmbeddingBagView, EmbeddingView, TiedLinear
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
     "BudgetError",
+    "Compression",
     "ConfigError",
     "EmbcompError",
+    "EmbeddingBagView",
     "EmbeddingTables",
+    "EmbeddingView",
     "IncompatibleStateError",
     "InputError",
     "Knowledge",
@@ -44,15 +51,24 @@ __all__ = [
     "SpecError",
     "StrategyConfig",
     "TableSpec",
+    "TiedLinear",
     "UnseenIdError",
     "build_tables",
+    "compress_",
     "config_from_dict",
     "config_to_dict",
+    "finalize_",
     "format_bytes",
+    "from_pretrained",
     "get_strategy",
     "list_strategies",
+    "load_pretrained_",
+    "load_tables",
     "make_config",
     "plan",
+    "plan_groups",
     "register_strategy",
+    "save_pretrained",
+    "to_dense",
     *_strategy_names,
 ]

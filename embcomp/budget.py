@@ -15,7 +15,9 @@ from embcomp.errors import BudgetError, ConfigError
 from embcomp.memory import MemoryReport, format_bytes
 from embcomp.tables import EmbeddingTables, Knowledge, TableSpec, check_group
 
-_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_UNITS = {"b": 1}
+_UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)}
+_UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)}
 _HELP = "write '10%', '0.1', '10x' (ten times smaller), '64MiB', '64MB' or '4096B'"
 
 
@@ -43,7 +45,7 @@ class Budget:
         if isinstance(value, Budget):
             return value
         text = str(value).strip()
-        match = re.fullmatch(r"([-+]?[\d.]+(?:e[-+]?\d+)?)\s*(%|x|[kmg]?i?b)?", text, re.IGNORECASE)
+        match = re.fullmatch(r"([-+]?[\d.]+(?:e[-+]?\d+)?)\s*(%|x|b|[kmgt]i?b)?", text, re.IGNORECASE)
         if isinstance(value, bool) or match is None:
             raise BudgetError(f"budget {value!r} can't be read; {_HELP}")
         try:
@@ -63,15 +65,15 @@ class Budget:
             raise BudgetError(f"budget {value!r} is above 100% of the float32 tables; {_HELP}")
         return cls(None, share, text)
 
-    def bytes(self, full_bytes: int) -> int:
+    def bytes(self, full_bytes: int, budget_on: str = "serve") -> int:
         """The budget in bytes, for tables that take ``full_bytes`` as float32.
 
         Raises:
-            BudgetError: if it is more than the float32 tables take.
+            BudgetError: if it is more than the float32 tables take to serve; to train they take several times as much.
         """
         if self.count is None:
             return int((self.share or 0) * full_bytes + 1e-6)
-        if self.count > full_bytes:
+        if budget_on == "serve" and self.count > full_bytes:
             raise BudgetError(
                 f"budget {self.text} is above 100%: the float32 tables take {format_bytes(full_bytes)} ({full_bytes} B)"
             )
@@ -142,8 +144,8 @@ def plan(
     if budget is None:
         config = tables_class.complete(specs, config, known)
         return Plan(specs, config, None, measure(specs, config), known.counts)
-    allowed = Budget.parse(budget).bytes(sum(spec.full_bytes for spec in specs))
-    config, report = _solve(specs, config, allowed, known, budget_on)
+    allowed = Budget.parse(budget).bytes(sum(spec.full_bytes for spec in specs), budget_on)
+    config, report = solve(specs, config, allowed, known, budget_on)
     return Plan(specs, config, allowed, report, known.counts)
 
 
@@ -164,9 +166,10 @@ def measure(specs: Sequence[TableSpec], config: StrategyConfig) -> MemoryReport:
         return strategy_of(config).tables_class(specs, config).memory()
 
 
-def _solve(
+def solve(
     specs: tuple[TableSpec, ...], config: StrategyConfig, allowed: int, known: Knowledge, budget_on: str
 ) -> tuple[StrategyConfig, MemoryReport]:
+    """Find the largest size of one group that takes at most ``allowed`` bytes; see `plan`."""
     tables_class = strategy_of(config).tables_class
 
     def candidate(size: int) -> tuple[StrategyConfig, MemoryReport]:
@@ -175,19 +178,20 @@ def _solve(
 
     low, high = tables_class.size_range(specs, config, known)
     best = candidate(low)
-    if _cost(best[1], budget_on) > allowed:
-        raise _too_small(specs, config, allowed, _cost(best[1], budget_on))
+    if cost(best[1], budget_on) > allowed:
+        raise _too_small(specs, config, allowed, cost(best[1], budget_on))
     while low < high:
         middle = (low + high + 1) // 2
         tried = candidate(middle)
-        if _cost(tried[1], budget_on) <= allowed:
+        if cost(tried[1], budget_on) <= allowed:
             low, best = middle, tried
         else:
             high = middle - 1
     return best
 
 
-def _cost(report: MemoryReport, budget_on: str) -> int:
+def cost(report: MemoryReport, budget_on: str) -> int:
+    """The bytes that a budget limits: those to serve, or those to train with a named optimizer."""
     kind, _, optimizer = budget_on.partition(":")
     if kind == "serve" and not optimizer:
         return report.serve_bytes

@@ -1,0 +1,189 @@
+"""The files of a checkpoint: written so that none is ever half there, and read with every doubt checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from embcomp.errors import IncompatibleStateError
+
+CONFIG = "embcomp_config.json"
+FORMAT = "embcomp"
+FORMAT_VERSION = 1
+TEMPORARY = ".embcomp-"
+LEFT_OVER = 3600
+"""Seconds after which a file that no config names is taken for what a killed save left behind."""
+
+_Kind = TypeVar("_Kind")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read from a folder.
+
+    Attributes:
+        config_file: the JSON file.
+        weights_file: the safetensors file.
+        content: the JSON object.
+        tensors: every tensor of the state dict, on the CPU; those that share memory are one object.
+    """
+
+    config_file: Path
+    weights_file: Path
+    content: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def get(self, key: str, kind: type[_Kind]) -> _Kind:
+        """A value of the JSON object, of the right type."""
+        return get(self.content, key, kind, self.config_file)
+
+
+def write_checkpoint(folder: Path, content: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> Path:
+    """Write weights, then the config that names them, then the card.
+
+    The config's replacement is the one moment at which the old checkpoint becomes the new one.
+    """
+    from embcomp import __version__
+
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        safetensors.torch.save_file(dict(tensors), temporary, metadata={"format": "pt"})
+        _sync(temporary)
+        digest, size = _digest(temporary), temporary.stat().st_size
+        weights = folder / f"model-{digest[:16]}.safetensors"
+        os.replace(temporary, weights)
+        _sync(folder)
+        head = {"format": FORMAT, "format_version": FORMAT_VERSION, "embcomp_version": __version__}
+        named = {"weights": {"file": weights.name, "bytes": size, "sha256": digest}}
+        text = json.dumps(head | named | dict(content), indent=2, allow_nan=False)
+        older = _named_weights(folder)
+        _replace_text(folder / CONFIG, text + "\n", temporary)
+        _write_card(folder / "README.md", card, temporary)
+        _remove_older(folder, weights.name, older)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return folder
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read and check a checkpoint.
+
+    Raises:
+        IncompatibleStateError: if it is missing, corrupt, truncated, foreign or from the future.
+    """
+    config_file = folder / CONFIG
+    content = _read_config(config_file)
+    weights = get(content, "weights", dict, config_file)
+    name = get(weights, "file", str, config_file)
+    if Path(name).name != name or not name.endswith(".safetensors"):
+        raise IncompatibleStateError(f"{config_file}: weights file {name!r} must be a .safetensors file of the folder")
+    file = folder / name
+    _check_weights(file, get(weights, "bytes", int, config_file), get(weights, "sha256", str, config_file))
+    try:
+        tensors = safetensors.torch.load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise IncompatibleStateError(f"{file} is not a safetensors file: {error}") from error
+    for name, same in get(content, "aliases", dict, config_file).items():
+        if same not in tensors:
+            raise IncompatibleStateError(f"{config_file}: {name!r} is said to equal {same!r}, which {file} lacks")
+        tensors[name] = tensors[same]
+    return Checkpoint(config_file, file, content, tensors)
+
+
+def get(content: Any, key: str, kind: type[_Kind], file: Path) -> _Kind:
+    """A value of a JSON object.
+
+    Raises:
+        IncompatibleStateError: if it is not there or of another type.
+    """
+    value = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise IncompatibleStateError(f"{file}: {key!r} must be a {kind.__name__}, found {value!r}")
+    return value
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise IncompatibleStateError(
+            f"{file} does not exist: give a folder that save_pretrained has written"
+        ) from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise IncompatibleStateError(f"{file} is not JSON, so it is corrupt or foreign: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise IncompatibleStateError(f"{file} is foreign: the config of an embcomp checkpoint has 'format': {FORMAT!r}")
+    version = get(content, "format_version", int, file)
+    if not 1 <= version <= FORMAT_VERSION:
+        raise IncompatibleStateError(
+            f"{file} has format version {version}, written by embcomp {content.get('embcomp_version')}; this one reads "
+            f"versions up to {FORMAT_VERSION}: upgrade embcomp"
+        )
+    return content
+
+
+def _check_weights(file: Path, size: int, digest: str) -> None:
+    if not file.is_file():
+        raise IncompatibleStateError(f"{file} is missing, which {CONFIG} beside it names: copy it too")
+    found = file.stat().st_size
+    if found != size:
+        raise IncompatibleStateError(f"{file} is truncated or not the saved file: it has {found} B, expected {size} B")
+    if (sha256 := _digest(file)) != digest:
+        raise IncompatibleStateError(f"{file} is corrupt: its SHA-256 is {sha256}, expected {digest}")
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Make a file, or the names in a folder, last through a power cut."""
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
+        return  # Windows has no handle on folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _replace_text(file: Path, text: str, temporary: Path) -> None:
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    os.replace(temporary, file)
+    _sync(file.parent)
+
+
+def _write_card(file: Path, card: str, temporary: Path) -> None:
+    """Write the card, but never over somebody else's README."""
+    mark = card.split("\n", 1)[0]
+    if not file.exists() or file.read_text(encoding="utf-8", errors="replace").startswith(mark):
+        _replace_text(file, card, temporary)
+
+
+def _named_weights(folder: Path) -> str | None:
+    """The weights file of the checkpoint that is about to be replaced."""
+    try:
+        return get(get(_read_config(folder / CONFIG), "weights", dict, folder), "file", str, folder)
+    except IncompatibleStateError:
+        return None
+
+
+def _remove_older(folder: Path, keep: str, older: str | None) -> None:
+    long_ago = time.time() - LEFT_OVER
+    for file in [*folder.glob("model-" + "?" * 16 + ".safetensors"), *folder.glob(f"{TEMPORARY}*")]:
+        if file.name != keep and (file.name == older or file.stat().st_mtime < long_ago):
+            file.unlink(missing_ok=True)

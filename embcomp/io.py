@@ -1,0 +1,168 @@
+"""Save and load compressed tables, alone or inside their model: safetensors and JSON, no pickle, atomically.
+
+A checkpoint is a folder with ``embcomp_config.json``, the weights, and a README for people. The config names the
+weights file by a digest of its content and is replaced last, so a process that dies at any moment leaves the old
+checkpoint or the new one, whole, and files of other origin in the folder are never touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from embcomp._checkpoint import read_checkpoint, write_checkpoint
+from embcomp._restore import load_compressed, load_plain, saved_groups
+from embcomp.budget import Plan
+from embcomp.config import config_to_dict
+from embcomp.errors import IncompatibleStateError
+from embcomp.memory import format_bytes, sum_reports
+from embcomp.reporting import markdown_rows, table_rows
+from embcomp.sites import find_groups
+from embcomp.swap import Compression, groups_of
+from embcomp.tables import EmbeddingTables
+from embcomp.views import TableView
+
+
+def save_pretrained(module: nn.Module | Compression, folder: str | Path) -> Path:
+    """Save tables, or a model with all its weights, into a folder.
+
+    The form is saved that the tables have: `finalize_` first to save what serves, or save the training form to go on
+    with. Optimizer state is not saved. An older checkpoint in the folder is replaced atomically. One process may save
+    to a folder at a time.
+
+    Args:
+        module: `EmbeddingTables`, a model with compressed tables, or what `compress_` returned.
+        folder: made if it is not there.
+
+    Returns:
+        the folder.
+
+    Raises:
+        NoMatchingTableError: if there are no compressed tables in the model.
+        IncompatibleStateError: if something in the state is no tensor with values, so that it can't be saved.
+    """
+    model = module.model if isinstance(module, Compression) else module
+    groups_of(model)
+    tensors, aliases = _distinct(model.state_dict())
+    groups = find_groups(model)
+    views = [view for view in model.modules() if isinstance(view, TableView) and len(view.names) > 1]
+    described = {
+        "groups": [_describe(prefix, tables) for prefix, tables in groups.items()],
+        "fused": {view.table: _fields(view) for view in views},
+        "aliases": aliases,
+    }
+    return write_checkpoint(Path(folder), described, tensors, _card(list(groups.values())))
+
+
+def load_tables(folder: str | Path, device: torch.device | str = "cpu") -> list[EmbeddingTables]:
+    """Load every group of a checkpoint, in its saved form; no model is needed.
+
+    Args:
+        folder: where `save_pretrained` saved.
+        device: where the tables go.
+
+    Raises:
+        IncompatibleStateError: if the checkpoint is missing, corrupt, truncated or foreign, or needs a strategy that is
+            not registered.
+    """
+    checkpoint = read_checkpoint(Path(folder))
+    return [group.build().to(device) for group in saved_groups(checkpoint)]
+
+
+def from_pretrained(folder: str | Path, device: torch.device | str = "cpu") -> EmbeddingTables:
+    """Load the one group of a checkpoint; see `load_tables`.
+
+    Raises:
+        IncompatibleStateError: as `load_tables`, and if there are several groups.
+    """
+    groups = load_tables(folder, device)
+    if len(groups) != 1:
+        raise IncompatibleStateError(
+            f"{folder} holds {len(groups)} groups of tables: use load_tables(folder) or load_pretrained_(model, folder)"
+        )
+    return groups[0]
+
+
+def load_pretrained_(model: nn.Module, folder: str | Path, verbose: bool = True) -> Compression:
+    """Load a saved model into a freshly built one, in place: its tables are compressed as the saved ones were.
+
+    The model may be plain, as before `compress_`, or compressed with the same configs. Everything is checked before
+    the model is touched.
+
+    Args:
+        model: built like the saved one.
+        folder: where `save_pretrained` saved.
+        verbose: print the report.
+
+    Raises:
+        IncompatibleStateError: as `load_tables`, and if the checkpoint does not fit the model: other tables,
+            strategies, sizes, or other weights beside them.
+    """
+    checkpoint = read_checkpoint(Path(folder))
+    saved = saved_groups(checkpoint)
+    if find_groups(model):
+        groups = load_compressed(model, saved, checkpoint)
+    else:
+        model, groups = load_plain(model, saved, checkpoint)
+    plans = tuple(Plan(tables.specs, tables.config, None, tables.memory(), {}) for tables in groups)
+    handle = Compression(model, tuple(groups), plans)
+    if verbose:
+        print(handle.report())
+    return handle
+
+
+def _describe(prefix: str, tables: EmbeddingTables) -> dict[str, Any]:
+    report, trained = tables.memory(), [p.requires_grad for p in tables.parameters()]
+    return {
+        "prefix": prefix,
+        "config": config_to_dict(tables.config),
+        "specs": [dataclasses.asdict(spec) for spec in tables.specs],
+        "is_final": tables.is_final,
+        "frozen": bool(trained) and not any(trained),
+        "serve_bytes": report.serve_bytes,
+        "full_bytes": report.full_bytes,
+    }
+
+
+def _fields(view: TableView) -> dict[str, int]:
+    sizes = {spec.name: spec.num_embeddings for spec in view.tables.specs}
+    return {name.removeprefix(f"{view.table}."): sizes[name] for name in view.names}
+
+
+def _distinct(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Split a state dict into tensors that share no memory, and name -> name of those that are one tensor."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[Any, str] = {}
+    for name, value in state.items():
+        if type(value) not in (Tensor, nn.Parameter) or value.is_meta or value.layout is not torch.strided:
+            raise IncompatibleStateError(
+                f"state {name!r} is no dense tensor with values ({type(value).__name__}"
+                f"{' on meta' if getattr(value, 'is_meta', False) else ''}): it can't be saved without pickle"
+            )
+        key = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        if value.numel() and key in seen:
+            aliases[name] = seen[key]
+            continue
+        storage = value.untyped_storage().data_ptr()
+        tensors[name] = value.detach().clone() if storage in seen else value.detach().contiguous()
+        seen[key] = seen[storage] = name
+    return tensors, aliases
+
+
+def _card(groups: Sequence[EmbeddingTables]) -> str:
+    report = sum_reports(tables.memory() for tables in groups)
+    state = "serving form" if all(tables.is_final for tables in groups) else "training form"
+    return (
+        f"<!-- Written by embcomp with every save. Delete this line to keep your own text. -->\n"
+        f"# Compressed embedding tables\n\n{format_bytes(report.full_bytes)} of float32 tables, served in "
+        f"{format_bytes(report.serve_bytes)} ({report.serve_bytes} B, {report.ratio:.2%}); saved in their {state}.\n\n"
+        f"{markdown_rows(table_rows(groups))}\n\n```python\nimport embcomp\n\n"
+        f"tables = embcomp.load_tables(folder)             # the tables alone\n"
+        f"handle = embcomp.load_pretrained_(model, folder)  # into a freshly built model\n```\n"
+    )
