@@ -1,4 +1,4 @@
-"""Rows of a smaller dimension d, brought to D by a projection per table or by zeros: a part of several strategies."""
+"""Rows of a dimension d, shared by hashing or not, brought to D by a projection or by zeros: a part of strategies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embcomp.config import StrategyConfig, check_choice
+from embcomp.config import StrategyConfig, check_at_least, check_choice
+from embcomp.hashing import hash_seed, hash_to_range
 from embcomp.storage import make_row_store
 from embcomp.tables import EmbeddingTables, TableSpec
 
@@ -21,13 +22,17 @@ class ProjectedConfig(StrategyConfig):
     """Attributes:
     dim: d, values per stored row.
     projection: ``"linear"``: one ``(d, D)`` matrix per table; ``"none"``: D − d zeros behind the row.
+    share: ids per stored row; above 1, ids are hashed onto ``ceil(V / share)`` rows.
     """
 
     dim: int = 1
     projection: str = "linear"
+    share: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_at_least(self, "dim", 1)
+        check_at_least(self, "share", 1)
         check_choice(self, "projection", PROJECTIONS)
 
 
@@ -39,20 +44,29 @@ class ProjectedTables(EmbeddingTables):
     ) -> None:
         super().__init__(specs, config)
         self.dim = config.dim
-        self.rows = make_row_store(config.rows, self.num_ids, config.dim, config.sparse)
+        rows = [-(-ids // config.share) for ids in self.num_ids]
+        self.rows = make_row_store(config.rows, rows, config.dim, config.sparse)
         self.constant("_starts", self.rows.starts())
+        if config.share > 1:
+            self.constant("_ranges", rows)
+            self.constant("_seeds", [hash_seed(config.seed, name, "share") for name in self.names])
         if config.projection == "linear":
             self.projection = nn.Parameter(torch.empty(self.num_tables, config.dim, self.embedding_dim))
         self.reset_parameters()
 
     def lookup(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
-        narrow = self.rows(ids + self.pick(self._starts, table), table)
+        narrow = self.rows(self._row(ids, table) + self.pick(self._starts, table), table)
         if self.config.projection == "none":
             return F.pad(narrow, (0, self.embedding_dim - self.dim))
         matrix = self.pick(self.projection, table)
         if isinstance(table, int):
             return narrow @ matrix
         return torch.einsum("...d,...dk->...k", narrow, matrix)
+
+    def _row(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
+        if self.config.share == 1:
+            return ids
+        return hash_to_range(ids, self.pick(self._seeds, table), self.pick(self._ranges, table))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -63,12 +77,34 @@ class ProjectedTables(EmbeddingTables):
 
     def fit(self, weights: Sequence[Tensor], counts: Sequence[Tensor]) -> None:
         for index, (start, weight, count) in enumerate(zip(self.rows.starts(), weights, counts, strict=True)):
+            if self.config.share > 1:
+                ids = torch.arange(len(weight), device=weight.device)
+                weight, count = weighted_means(weight, count, self._row(ids, index), self.rows.segments[index])
             if self.config.projection == "none":
                 self.rows.write_(start, weight[:, : self.dim])
                 continue
             axes = principal_axes(weight, count)[:, : self.dim]
             self.rows.write_(start, weight @ axes)
             self.projection[index].copy_(axes.T)
+
+
+def weighted_means(weight: Tensor, count: Tensor, row: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Count-weighted means of the rows that share a bucket.
+
+    Args:
+        weight: float32 ``(V, D)``.
+        count: float32 ``(V,)``, above zero.
+        row: int64 ``(V,)``, the bucket of each row.
+        num_rows: R.
+
+    Returns:
+        float32 ``(R, D)`` means (zeros for empty buckets) and ``(R,)`` summed counts.
+    """
+    total = torch.zeros(num_rows, device=weight.device).index_add_(0, row, count)
+    mean = torch.zeros(num_rows, weight.shape[1], device=weight.device)
+    for ids in torch.arange(len(weight), device=weight.device).split(65536):
+        mean.index_add_(0, row[ids], weight[ids] * count[ids, None])
+    return mean / total.clamp_min(torch.finfo(torch.float32).tiny)[:, None], total
 
 
 def principal_axes(weight: Tensor, count: Tensor) -> Tensor:

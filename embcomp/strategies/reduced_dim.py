@@ -66,22 +66,22 @@ class ReducedDimTables(MixedTables):
 
 
 def projected_piece(
-    index: int, spec: TableSpec, rows: int, config: StrategyConfig, dim: int, projection: str
+    index: int, spec: TableSpec, rows: int, config: StrategyConfig, dim: int, projection: str, row_format: str = ""
 ) -> Piece:
     """A whole table at dimension ``dim``, or at D where that takes no more bytes."""
-    common = {"rows": config.rows, "seed": config.seed, "sparse": config.sparse}
+    row_format = row_format or config.rows
     if dim < spec.embedding_dim:
         matrix = 4 * dim * spec.embedding_dim if projection == "linear" else 0
-        narrow = stored_bytes(rows, dim, config.rows) + matrix
-        if narrow < stored_bytes(rows, spec.embedding_dim, config.rows):
-            return Piece(index, 0, rows, ProjectedTables, ProjectedConfig(**common, dim=dim, projection=projection))
-    return full_piece(index, spec, rows, config)
+        narrow = stored_bytes(rows, dim, row_format) + matrix
+        if narrow < stored_bytes(rows, spec.embedding_dim, row_format):
+            kept = ProjectedConfig(row_format, "error", config.seed, config.sparse, dim, projection)
+            return Piece(index, 0, rows, ProjectedTables, kept)
+    return full_piece(index, spec, rows, config, row_format)
 
 
-def full_piece(index: int, spec: TableSpec, rows: int, config: StrategyConfig) -> Piece:
-    """A whole table at dimension D, in the config's row format or in float32, whichever takes fewer bytes."""
-    plain = 4 * rows * spec.embedding_dim <= stored_bytes(rows, spec.embedding_dim, config.rows)
-    row_format = "float32" if plain else config.rows
-    return Piece(
-        index, 0, rows, FullTables, FullConfig(rows=row_format, seed=config.seed, sparse=config.sparse)
-    )
+def full_piece(index: int, spec: TableSpec, rows: int, config: StrategyConfig, row_format: str = "") -> Piece:
+    """A whole table at dimension D, in a row format (the config's) or in float32, whichever takes fewer bytes."""
+    row_format = row_format or config.rows
+    if 4 * rows * spec.embedding_dim <= stored_bytes(rows, spec.embedding_dim, row_format):
+        row_format = "float32"
+    return Piece(index, 0, rows, FullTables, FullConfig(row_format, "error", config.seed, config.sparse))
