@@ -76,7 +76,8 @@ def register_strategy(name: str, config_class: type[StrategyConfig]) -> Callable
         raise ConfigError(f"strategy name {name!r} must be a lower-case identifier, such as 'hash'")
     if name in _REGISTRY:
         raise ConfigError(f"strategy {name!r} is registered already, by {_REGISTRY[name].tables_class.__module__}")
-    if not (issubclass(config_class, StrategyConfig) and config_class.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+    # Its own, not inherited: a class that forgot @dataclass has none, and its fields would be lost.
+    if not (issubclass(config_class, StrategyConfig) and "__dataclass_params__" in vars(config_class)):
         raise ConfigError(f"strategy {name!r}: {config_class.__name__} must be a frozen dataclass of StrategyConfig")
     if any(entry.config_class is config_class for entry in _REGISTRY.values()):
         raise ConfigError(f"strategy {name!r}: {config_class.__name__} belongs to another strategy already")
@@ -151,6 +152,8 @@ def config_from_dict(values: Mapping[str, Any]) -> StrategyConfig:
     Raises:
         ConfigError: for a missing or unknown strategy, a version from the future, or unknown fields.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"a config in JSON form is a mapping of fields; {values!r} is not a mapping")
     options = dict(values)
     name, version = options.pop("strategy", None), options.pop("version", None)
     if not isinstance(name, str):
@@ -177,7 +180,7 @@ def check_choice(config: object, field: str, allowed: tuple[str, ...]) -> None:
 def check_at_least(config: object, field: str, minimum: float) -> None:
     """Raise `ConfigError` if a config's field is set and below ``minimum``."""
     value = getattr(config, field)
-    if value is not None and value < minimum:
+    if value is not None and not value >= minimum:
         raise ConfigError(f"{type(config).__name__}({field}={value!r}): must be at least {minimum}")
 
 

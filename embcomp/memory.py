@@ -63,7 +63,7 @@ class MemoryReport:
     @property
     def ratio(self) -> float:
         """Serve bytes as a share of the float32 tables' bytes."""
-        return self.serve_bytes / self.full_bytes
+        return self.serve_bytes / max(self.full_bytes, 1)
 
     def train_bytes(self, optimizer: str = "adam") -> int:
         """Bytes while training: parameters, dense gradients, and the state of ``optimizer``.

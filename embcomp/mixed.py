@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from embcomp.config import StrategyConfig
-from embcomp.memory import MemoryReport, sum_reports
+from embcomp.errors import ConfigError
+from embcomp.memory import MemoryReport
 from embcomp.tables import EmbeddingTables, TableSpec
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -33,6 +35,11 @@ class Piece:
     tables_class: type[EmbeddingTables]
     config: StrategyConfig
 
+    @property
+    def kind(self) -> tuple[type[EmbeddingTables], str]:
+        """What is equal for pieces that share a module; configs may hold dicts, which can't be hashed."""
+        return self.tables_class, repr(self.config)
+
 
 class MixedTables(EmbeddingTables):
     """A group whose tables are cut into pieces; subclasses say how by `pieces`.
@@ -40,14 +47,19 @@ class MixedTables(EmbeddingTables):
     The unseen policy and padding are settled here, before the pieces, so that parts see only ids of their own.
     """
 
+    parts: Sequence[EmbeddingTables]
+    _piece_tables: Tensor
+    _order: Tensor
+
     def __init__(
         self, specs: Sequence[TableSpec], config: StrategyConfig, counts: Mapping[str, Tensor] | None = None
     ) -> None:
         super().__init__(specs, config)
-        pieces = self.pieces()
-        kinds = list(dict.fromkeys((piece.tables_class, piece.config) for piece in pieces))
-        by_part = [[p for p in pieces if (p.tables_class, p.config) == kind] for kind in kinds]
-        self.parts = nn.ModuleList(self._build(kind, own) for kind, own in zip(kinds, by_part, strict=True))
+        pieces = sorted(self.pieces(), key=lambda piece: (piece.table, piece.start))
+        if len({(piece.table, piece.kind) for piece in pieces}) < len(pieces):
+            raise ConfigError(f"{type(self).__name__}.pieces: two pieces of one table are kept alike; make them one")
+        by_part = [[p for p in pieces if p.kind == kind] for kind in dict.fromkeys(piece.kind for piece in pieces)]
+        self.parts = nn.ModuleList(self._build(own) for own in by_part)  # type: ignore[assignment]
         self._by_part = [[(p.table, p.start, p.stop) for p in own] for own in by_part]
         whole = [[p.stop - p.start == self.num_ids[p.table] for p in own] for own in by_part]
         self._is_cut = [not all(flags) for flags in whole]
@@ -74,7 +86,7 @@ class MixedTables(EmbeddingTables):
             if len(found) == 1:
                 index, own = found[0]
                 return self.parts[index].lookup(ids, next(n for n, (t, _, _) in enumerate(own) if t == table))
-            table = torch.full((), table, device=ids.device)
+            table = torch.full((1,) * min(ids.dim(), 1), table, device=ids.device)
         return self._lookup_anywhere(ids, table)
 
     def reset_parameters(self) -> None:
@@ -88,14 +100,14 @@ class MixedTables(EmbeddingTables):
                 [counts[table][start:stop] for table, start, stop in own],
             )
 
-    def _build(self, kind: tuple[type[EmbeddingTables], StrategyConfig], own: Sequence[Piece]) -> EmbeddingTables:
+    def _build(self, own: Sequence[Piece]) -> EmbeddingTables:
         specs = []
         for piece in own:
             spec, rows = self.specs[piece.table], piece.stop - piece.start
             whole = rows == self.num_ids[piece.table]
             name = spec.name if whole else f"{spec.name}[{piece.start}:{piece.stop}]"
             specs.append(TableSpec(name, rows, spec.embedding_dim, None, spec.init_std))
-        return kind[0](specs, replace(kind[1], unseen="error"))
+        return own[0].tables_class(specs, replace(own[0].config, unseen="error"))
 
     def _lookup_columns(self, ids: Tensor) -> Tensor:
         found = []
@@ -120,7 +132,7 @@ class MixedTables(EmbeddingTables):
         assert out is not None
         return out
 
-    def _lookup_cut(self, index: int, part: nn.Module, ids: Tensor, local: Tensor | None) -> Tensor:
+    def _lookup_cut(self, index: int, part: EmbeddingTables, ids: Tensor, local: Tensor | None) -> Tensor:
         """Look ids up in one part; zeros for ids that lie in other pieces."""
         starts, stops = getattr(self, f"_starts_{index}"), getattr(self, f"_stops_{index}")
         if local is not None:
@@ -132,6 +144,20 @@ class MixedTables(EmbeddingTables):
         vectors = part.lookup((ids - starts).masked_fill(outside, 0), local)
         return vectors.masked_fill(outside.unsqueeze(-1), 0.0)
 
+    def penalty(self) -> Tensor:
+        total = super().penalty()
+        for part in self.parts:
+            total = total + part.penalty()
+        return total
+
     def memory(self) -> MemoryReport:
-        parts = sum_reports(part.memory() for part in self.parts).parts
-        return MemoryReport(parts, sum(spec.full_bytes for spec in self.specs))
+        """Count every byte; what belongs to a piece stands under its table, with the piece's ids in the part's name."""
+        parts = []
+        for module, own in zip(self.parts, self._by_part, strict=True):
+            pieces = dict(zip(module.names, own, strict=True))
+            for part in module.memory().parts:
+                if part.table in pieces and part.table not in self.names:
+                    table, start, stop = pieces[part.table]
+                    part = replace(part, table=self.names[table], name=f"{part.name}[{start}:{stop}]")
+                parts.append(part)
+        return MemoryReport(tuple(parts), sum(spec.full_bytes for spec in self.specs))

@@ -78,7 +78,7 @@ def plan_groups(
         for specs, config in groups
         for known in [Knowledge.of(specs, _own(specs, counts), _own(specs, weights))]
     ]
-    allowed = Budget.parse(budget).bytes(sum(wish.full_bytes for wish in wishes))
+    allowed = Budget.parse(budget).bytes(sum(wish.full_bytes for wish in wishes), budget_on)
     least = [wish.minimum() for wish in wishes]
     if sum(least) > allowed:
         raise _too_small(wishes, least, allowed)

@@ -7,17 +7,20 @@ dimension, ``...`` any leading dimensions.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from embcomp.bags import bag_bounds, check_pooling
 from embcomp.config import StrategyConfig
 from embcomp.errors import ConfigError, IncompatibleStateError, InputError, SpecError, UnseenIdError, did_you_mean
-from embcomp.hashing import hash_seed, hash_to_range
+from embcomp.hashing import check_range, hash_seed, hash_to_range
 from embcomp.memory import SHARED, MemoryPart, MemoryReport, format_bytes
 from embcomp.storage import RowStore
 
@@ -50,15 +53,25 @@ class TableSpec:
         if not isinstance(self.name, str) or not self.name or self.name == SHARED:
             raise SpecError(f"table name {self.name!r}: give a non-empty string other than {SHARED!r}")
         for what in ("num_embeddings", "embedding_dim"):
-            value = getattr(self, what)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise SpecError(f"table {self.name!r}: {what}={value!r} must be an int of at least 1")
-        if self.padding_idx is not None and not 0 <= self.padding_idx < self.num_embeddings:
-            raise SpecError(
-                f"table {self.name!r}: padding_idx={self.padding_idx!r} is outside [0, {self.num_embeddings})"
-            )
-        if not self.init_std >= 0:
-            raise SpecError(f"table {self.name!r}: init_std={self.init_std!r} must be at least 0")
+            value = self._whole(what)
+            if value is None or value < 1:
+                raise SpecError(f"table {self.name!r}: {what}={getattr(self, what)!r} must be an int of at least 1")
+        if self.padding_idx is not None:
+            padding = self._whole("padding_idx")
+            if padding is None or not 0 <= padding < self.num_embeddings:
+                raise SpecError(
+                    f"table {self.name!r}: padding_idx={self.padding_idx!r} is not an int in [0, {self.num_embeddings})"
+                )
+        std: Any = self.init_std
+        if not isinstance(std, Real) or not 0 <= float(std) < math.inf:
+            raise SpecError(f"table {self.name!r}: init_std={self.init_std!r} must be a finite number of at least 0")
+
+    def _whole(self, what: str) -> int | None:
+        """A field as a plain int (NumPy's become ones), or None if it is none."""
+        value = _as_int(getattr(self, what))
+        if value is not None:
+            object.__setattr__(self, what, value)
+        return value
 
     @property
     def full_bytes(self) -> int:
@@ -77,6 +90,8 @@ class Knowledge:
 
     counts: Mapping[str, Tensor] = field(default_factory=dict)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What strategies worked out of the above and need again at every size that the solver tries."""
 
     @classmethod
     def of(
@@ -116,10 +131,16 @@ class EmbeddingTables(nn.Module):
     takes_any_id: ClassVar[bool] = False
     """Whether `lookup` takes every int64 id, so that ``unseen="hash"`` needs no detour."""
 
-    def __init__(self, specs: Sequence[TableSpec], config: StrategyConfig, counts: Mapping[str, Tensor] | None = None):
+    _sizes: Tensor
+    _pads: Tensor
+    _unseen_seeds: Tensor
+
+    def __init__(
+        self, specs: Sequence[TableSpec], config: StrategyConfig, counts: Mapping[str, Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.specs = check_group(specs)
-        self.config = config
+        self.config: Any = config
         self.embedding_dim = self.specs[0].embedding_dim
         self.num_tables = len(self.specs)
         self.names = tuple(spec.name for spec in self.specs)
@@ -131,6 +152,9 @@ class EmbeddingTables(nn.Module):
         self.constant("_sizes", [spec.num_embeddings for spec in self.specs])
         self.constant("_pads", [-1 if spec.padding_idx is None else spec.padding_idx for spec in self.specs])
         self.constant("_unseen_seeds", [hash_seed(config.seed, name, "unseen") for name in self.names])
+        if config.unseen == "hash" and not self.takes_any_id:
+            for spec in self.specs:
+                check_range(spec.name, spec.num_embeddings)
 
     # ---- what a strategy writes -------------------------------------------------------------------------------------
 
@@ -155,19 +179,17 @@ class EmbeddingTables(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def size_range(cls, specs: Sequence[TableSpec], config: StrategyConfig, known: Knowledge) -> tuple[int, int]:
+    def size_range(cls, specs: Sequence[TableSpec], config: Any, known: Knowledge) -> tuple[int, int]:
         """Smallest and largest value of the size that the budget turns; serve bytes never fall as it grows."""
         raise NotImplementedError
 
     @classmethod
-    def resize(
-        cls, specs: Sequence[TableSpec], config: StrategyConfig, size: int, known: Knowledge
-    ) -> StrategyConfig:
+    def resize(cls, specs: Sequence[TableSpec], config: Any, size: int, known: Knowledge) -> Any:
         """Fill in the config's sizes for one value of the size; the result builds the tables without ``known``."""
         raise NotImplementedError
 
     @classmethod
-    def complete(cls, specs: Sequence[TableSpec], config: StrategyConfig, known: Knowledge) -> StrategyConfig:
+    def complete(cls, specs: Sequence[TableSpec], config: Any, known: Knowledge) -> Any:
         """Fill in the config's sizes where no budget is given.
 
         Raises:
@@ -224,36 +246,30 @@ class EmbeddingTables(nn.Module):
 
         Returns:
             float32 ``(B, D)``.
+
+        Raises:
+            InputError: if ids, offsets, weights or mode do not make bags; else as `forward`.
         """
-        if ids.dim() == 2:
-            if offsets is not None:
-                raise InputError("bag: ids of shape (B, L) are bags already; give offsets only with ids of shape (N,)")
-            offsets = torch.arange(0, ids.numel() + 1, max(ids.shape[1], 1), device=ids.device)[: len(ids) + 1]
-            if ids.shape[1] == 0:
-                offsets = ids.new_zeros(len(ids) + 1)
-            include_last_offset = True
-        elif ids.dim() != 1 or offsets is None:
-            raise InputError(f"bag: ids of shape {tuple(ids.shape)} need to be (B, L), or (N,) with offsets")
-        if per_sample_weights is not None and per_sample_weights.shape != ids.shape:
-            raise InputError(
-                f"bag: per_sample_weights {tuple(per_sample_weights.shape)} and ids {tuple(ids.shape)} differ in shape"
-            )
+        bounds = bag_bounds(ids, offsets, include_last_offset)
+        check_pooling(ids, per_sample_weights, mode)
         vectors = self(ids, table).reshape(-1, self.embedding_dim)
-        padding, position = self._bag_padding(ids, table), torch.arange(len(vectors), device=ids.device)
+        number = vectors.shape[0]
+        position = torch.arange(number, device=ids.device)
+        padding = None if mode == "sum" else self._bag_padding(ids, table)  # sums don't see zeros
         padding_idx = None
         if padding is not None:
-            padding_idx = len(vectors)
+            padding_idx = number
             position = torch.where(padding.reshape(-1), padding_idx, position)
-        if padding is not None or len(vectors) == 0:
+        if padding is not None or number == 0:
             vectors = torch.cat([vectors, vectors.new_zeros(1, self.embedding_dim)])
         weights = None if per_sample_weights is None else per_sample_weights.reshape(-1).to(vectors.dtype)
         return F.embedding_bag(
             position,
             vectors,
-            offsets.to(position.dtype),
+            bounds,
             mode=mode,
             per_sample_weights=weights,
-            include_last_offset=include_last_offset,
+            include_last_offset=True,
             padding_idx=padding_idx,
         )
 
@@ -289,9 +305,12 @@ class EmbeddingTables(nn.Module):
             if table not in self.names:
                 raise InputError(f"no table {table!r} in this group; {did_you_mean(table, self.names)}")
             return self.names.index(table)
-        if not 0 <= table < self.num_tables:
-            raise InputError(f"table {table} is outside [0, {self.num_tables}); tables: {', '.join(self.names)}")
-        return table
+        index = _as_int(table)
+        if index is None:
+            raise InputError(f"table={table!r} is neither an index, nor a name, nor an int64 tensor")
+        if not 0 <= index < self.num_tables:
+            raise InputError(f"table {index} is outside [0, {self.num_tables}); tables: {', '.join(self.names)}")
+        return index
 
     def pick(self, constants: Tensor, table: Tensor | int | None) -> Tensor:
         """Per-table constants ``(T, ...)`` for the tables of a lookup; None stands for all of them, in order."""
@@ -300,9 +319,7 @@ class EmbeddingTables(nn.Module):
     # ---- life -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def load_dense_(
-        self, weights: Mapping[str, Tensor], counts: Mapping[str, Tensor] | None = None
-    ) -> EmbeddingTables:
+    def load_dense_(self, weights: Mapping[str, Tensor], counts: Mapping[str, Tensor] | None = None) -> EmbeddingTables:
         """Fit the compressed form to trained tables, as closely as the strategy can.
 
         Args:
@@ -335,6 +352,18 @@ class EmbeddingTables(nn.Module):
                 module.fit_scales_()
         return self
 
+    def set_rounding_(self, enabled: bool) -> EmbeddingTables:
+        """Whether training rounds rows to what will be served (the default), or leaves them float32 for now.
+
+        Low-bit rows train better after some epochs in float32: ``set_rounding_(False)`` before the first one, then
+        ``set_rounding_(True)``, which fits scales to the rows as they are. Formats that are rounded after training,
+        and plain float32, are not concerned. `finalize` rounds in any case.
+        """
+        for module in self.modules():
+            if isinstance(module, RowStore):
+                module.set_rounding(enabled)
+        return self
+
     def finalize_(self) -> EmbeddingTables:
         """Turn into the serving form, in place: smallest bytes, no gradients, the same vectors as evaluation."""
         for module in list(self.modules()):
@@ -357,7 +386,8 @@ class EmbeddingTables(nn.Module):
             if isinstance(child, RowStore):
                 parts += self._store_parts(name, child)
             elif any(True for _ in child.parameters()) or any(True for _ in child.buffers()):
-                parts += [part for tensor in child.state_dict().values() for part in self._tensor_parts(name, tensor)]
+                state = child.state_dict(keep_vars=True)  # else nothing in it would count as trained
+                parts += [part for tensor in state.values() for part in self._tensor_parts(name, tensor)]
         own = dict(self.named_parameters(recurse=False)) | dict(self.named_buffers(recurse=False))
         for name, tensor in own.items():
             if name not in self._non_persistent_buffers_set:
@@ -376,6 +406,7 @@ class EmbeddingTables(nn.Module):
         return generator
 
     def extra_repr(self) -> str:
+        """Tables, dimension and bytes, for ``repr``."""
         report = self.memory()
         return (
             f"tables={self.num_tables}, dim={self.embedding_dim}, serve={format_bytes(report.serve_bytes)} "
@@ -396,12 +427,14 @@ class EmbeddingTables(nn.Module):
         if isinstance(table, Tensor):
             if table.dtype not in (torch.int64, torch.int32):
                 raise InputError(f"table must be an int64 tensor, not {table.dtype}")
-            try:
-                torch.broadcast_shapes(table.shape, ids.shape)
-            except RuntimeError:
+            if table.device != ids.device:
+                raise InputError(f"table is on {table.device}, ids are on {ids.device}: move one of them")
+            if not _broadcasts_to(table.shape, ids.shape):
                 raise InputError(
                     f"table of shape {tuple(table.shape)} does not broadcast to ids of shape {tuple(ids.shape)}"
-                ) from None
+                )
+            if table.dim() == 0 and ids.dim():
+                table = table.reshape(1)  # compilers take an index of shape () for a number, which they can't know
             return ids, table.long()
         if table is not None:
             return ids, self.index_of(table)
@@ -430,7 +463,7 @@ class EmbeddingTables(nn.Module):
             else:
                 ids = torch.where(unseen, hash_to_range(ids, self.pick(self._unseen_seeds, table), sizes), ids)
         if self._has_padding:
-            padding = ids == self.pick(self._pads, table)
+            padding = self._is_padding(ids, table)
             if policy == "hash" and not self.takes_any_id:
                 padding = padding & ~unseen
             blank = padding if blank is None else blank | padding
@@ -452,7 +485,7 @@ class EmbeddingTables(nn.Module):
             return
         ids, sizes = torch.broadcast_tensors(ids, sizes)
         where = ((ids < 0) | (ids >= sizes)).nonzero()[0].tolist()
-        index = len(where) and tuple(where) or ()
+        index = tuple(where)
         owner = table if table is not None else torch.arange(self.num_tables, device=ids.device)
         owner = int(torch.broadcast_to(torch.as_tensor(owner, device=ids.device), ids.shape)[index])
         raise UnseenIdError(
@@ -463,12 +496,16 @@ class EmbeddingTables(nn.Module):
     def _bag_padding(self, ids: Tensor, table: Tensor | int | str | None) -> Tensor | None:
         if not self._has_padding:
             return None
-        return ids == self.pick(self._pads, self._checked(ids, table)[1])
+        return self._is_padding(*self._checked(ids, table))
+
+    def _is_padding(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
+        pads = self.pick(self._pads, table)
+        return (ids == pads) & (pads >= 0)  # -1 says that a table has no padding, and is an unseen id as well
 
     def _store_parts(self, name: str, store: RowStore) -> list[MemoryPart]:
         owners = self.names if len(store.segments) == self.num_tables else (SHARED,) * len(store.segments)
         values = sum(p.numel() for p in store.parameters() if p.requires_grad)
-        size = sum(p.nbytes for p in store.parameters() if p.requires_grad)
+        size = sum(tensor.nbytes for tensor in store.state_dict().values())
         sparse = bool(getattr(store, "sparse", False))
         parts = []
         for owner, rows, served in zip(owners, store.segments, store.serve_bytes(), strict=True):
@@ -488,6 +525,15 @@ class EmbeddingTables(nn.Module):
     def _some_names(self) -> str:
         shown = ", ".join(repr(name) for name in self.names[:3])
         return shown if self.num_tables <= 3 else f"{shown} and {self.num_tables - 3} more"
+
+
+def _as_int(value: Any) -> int | None:
+    return int(value) if not isinstance(value, bool) and isinstance(value, Integral) else None
+
+
+def _broadcasts_to(shape: Sequence[int], target: Sequence[int]) -> bool:
+    ends = zip(reversed(shape), reversed(target), strict=False)
+    return len(shape) <= len(target) and all(size in (1, wanted) for size, wanted in ends)
 
 
 def check_group(specs: Sequence[TableSpec]) -> tuple[TableSpec, ...]:

@@ -58,7 +58,7 @@ class ProjectedTables(EmbeddingTables):
         narrow = self.rows(self._row(ids, table) + self.pick(self._starts, table), table)
         if self.config.projection == "none":
             return F.pad(narrow, (0, self.embedding_dim - self.dim))
-        matrix = self.pick(self.projection, table)
+        matrix = self.pick(self.projection, table).to(narrow.dtype)
         if isinstance(table, int):
             return narrow @ matrix
         return torch.einsum("...d,...dk->...k", narrow, matrix)
