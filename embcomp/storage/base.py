@@ -55,6 +55,9 @@ class RowStore(nn.Module):
     def fit_scales_(self) -> None:
         """Fit scales (if any) to the rows as they are now; called once after rows were written from trained tables."""
 
+    def set_rounding(self, enabled: bool) -> None:
+        """Whether lookups round rows to what will be served; switched on again, learned scales start from the rows."""
+
     def finalize(self) -> RowStore:
         """Return the serving form: no gradients, smallest bytes, the same vectors as evaluation of this form."""
         raise NotImplementedError

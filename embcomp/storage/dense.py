@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embcomp.storage.base import RowStore, Segment
+from embcomp.storage.gather import read_rows
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -36,12 +36,13 @@ class DenseRows(RowStore):
         super().__init__(segments, dim)
         self.serve_dtype = serve_dtype
         self.sparse = sparse
+        self.rounding = True
         dtype = serve_dtype if pure else torch.float32
         self.weight = nn.Parameter(torch.empty(self.num_rows, dim, dtype=dtype))
 
     def forward(self, rows: Tensor, segment: Segment = None) -> Tensor:
-        vectors = F.embedding(rows, self.weight, sparse=self.sparse)
-        if self.weight.dtype != self.serve_dtype:
+        vectors = read_rows(self.weight, rows, self.sparse)
+        if self.rounding and self.weight.dtype != self.serve_dtype:
             vectors = vectors + (vectors.detach().to(self.serve_dtype).to(vectors.dtype) - vectors.detach())
         return vectors.to(torch.float32)
 
@@ -59,9 +60,12 @@ class DenseRows(RowStore):
     def write_(self, start: int, values: Tensor) -> None:
         self.weight[start : start + len(values)].copy_(values)
 
+    def set_rounding(self, enabled: bool) -> None:
+        self.rounding = enabled
+
     def finalize(self) -> RowStore:
         served = DenseRows.__new__(DenseRows)
         RowStore.__init__(served, self.segments, self.dim)
-        served.serve_dtype, served.sparse = self.serve_dtype, False
+        served.serve_dtype, served.sparse, served.rounding = self.serve_dtype, False, True
         served.weight = nn.Parameter(self.weight.detach().to(self.serve_dtype), requires_grad=False)
         return served
