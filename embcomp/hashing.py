@@ -2,8 +2,9 @@
 
 A seed is derived from stable names (a table's name, a chunk number), never from positions, so adding a table
 reshuffles nobody. The mixer is two odd multiplications around one xor-shift (the construction of MurmurHash3's and
-SplitMix64's finalisers); a range reduction takes the high 32 bits by Lemire's multiply-shift ("Fast Random Integer
-Generation in an Interval", arXiv 1805.10941), so no modulo bias that matters and no division.
+SplitMix64's finalisers), after the high half is added to the low one: a product carries upwards only, so ids that
+differ in high bits alone would hardly be mixed. A range reduction takes the high 32 bits by Lemire's multiply-shift
+("Fast Random Integer Generation in an Interval", arXiv 1805.10941), so no modulo bias that matters and no division.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embcomp.errors import InputError
+from embcomp.errors import ConfigError, InputError
 
 MAX_RANGE = 2**31 - 1
 """The largest range that `hash_to_range` can reduce to: 32 hash bits times 31 range bits fit in an int64."""
@@ -38,10 +39,20 @@ def hash_seed(*parts: str | int) -> int:
 
 def _mix(ids: Tensor, seeds: Tensor | int) -> Tensor:
     """Mix int64 ``(...)`` so that the high 32 bits avalanche; the low ones are finished by `hash_ids`."""
+    # In place on our own temporaries: a new tensor of a whole batch costs as much as the arithmetic.
     mixed = ids ^ seeds
-    mixed = mixed * _MULTIPLIER_1
-    mixed = mixed ^ ((mixed >> 32) & _LOW_32)
-    return mixed * _MULTIPLIER_2
+    mixed += mixed >> 32
+    mixed *= _MULTIPLIER_1
+    mixed ^= _high_bits(mixed)
+    mixed *= _MULTIPLIER_2
+    return mixed
+
+
+def _high_bits(mixed: Tensor) -> Tensor:
+    """The high 32 bits of each value as a number in ``[0, 2**32)``; torch shifts int64 arithmetically."""
+    high = mixed >> 32
+    high &= _LOW_32
+    return high
 
 
 def hash_ids(ids: Tensor, seeds: Tensor | int) -> Tensor:
@@ -49,13 +60,14 @@ def hash_ids(ids: Tensor, seeds: Tensor | int) -> Tensor:
 
     Args:
         ids: int64 ``(...)``, any value.
-        seeds: int64, an int or a tensor broadcastable to ``ids``.
+        seeds: int64, an int or a tensor broadcastable with ``ids``.
 
     Returns:
         int64 ``(...)``, all 64 bits used (so half of the values are negative).
     """
     mixed = _mix(ids, seeds)
-    return mixed ^ ((mixed >> 32) & _LOW_32)
+    mixed ^= _high_bits(mixed)
+    return mixed
 
 
 def hash_to_range(ids: Tensor, seeds: Tensor | int, size: Tensor | int) -> Tensor:
@@ -63,14 +75,37 @@ def hash_to_range(ids: Tensor, seeds: Tensor | int, size: Tensor | int) -> Tenso
 
     Args:
         ids: int64 ``(...)``, any value.
-        seeds: int64, an int or a tensor broadcastable to ``ids``.
-        size: at least 1 and at most `MAX_RANGE`, an int or an int64 tensor broadcastable to ``ids``.
+        seeds: int64, an int or a tensor broadcastable with ``ids``.
+        size: at least 1 and at most `MAX_RANGE`, an int or an int64 tensor broadcastable with ``ids``. Tensors are not
+            checked, since that would stall a GPU: whoever makes them calls `check_range`.
 
     Returns:
         int64 ``(...)`` in ``[0, size)``.
+
+    Raises:
+        InputError: if ``size`` is an int outside ``[1, MAX_RANGE]``.
     """
-    high = (_mix(ids, seeds) >> 32) & _LOW_32
-    return (high * size) >> 32
+    if isinstance(size, int) and not 1 <= size <= MAX_RANGE:
+        raise InputError(f"hash_to_range: size={size} must be in [1, {MAX_RANGE}]")
+    high = _mix(ids, seeds)
+    high >>= 32
+    high &= _LOW_32
+    scaled = high * size
+    scaled >>= 32
+    return scaled
+
+
+def check_range(table: str, size: int) -> None:
+    """Check that ids of a table can be hashed to ``[0, size)``.
+
+    Raises:
+        ConfigError: if the range is too large for `hash_to_range`; the message names the table.
+    """
+    if size > MAX_RANGE:
+        raise ConfigError(
+            f"table {table!r}: hashing into {size} rows is more than the {MAX_RANGE} that 32 hash bits can address; "
+            "give the table fewer rows, or split it"
+        )
 
 
 def hash_strings(values: Iterable[str]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from embcomp.storage.grids import GAUSSIAN_STEP, TINY, dequantize, half_levels, quantize, stored_row_grid
+from embcomp.storage.grids import GAUSSIAN_STEP, TINY, dequantize, half_levels, quantize, round_step, stored_row_grid
 
 CANDIDATES = 24
 REFINEMENTS = 3
@@ -44,7 +44,7 @@ def fit_grid(values: Tensor, bits: int, with_offset: bool) -> tuple[Tensor, Tens
         best_step, best_offset = torch.where(better, step, best_step), torch.where(better, offset, best_offset)
     for _ in range(REFINEMENTS):
         best_step, best_offset = _least_squares(values, best_step, best_offset, bits, with_offset)
-    return best_step, best_offset
+    return round_step(best_step), best_offset
 
 
 def fit_row_grid(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:

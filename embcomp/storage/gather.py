@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _FEW_ROWS = 1024
 _KEPT_BAGS = 1 << 20
@@ -12,10 +15,10 @@ _bags = torch.arange(_FEW_ROWS, device="cpu")
 
 
 def read_rows(weight: Tensor, rows: Tensor, sparse: bool = False) -> Tensor:
-    """``F.embedding``, and several times as fast where no gradient is asked for and the matrix outgrows the caches.
+    """``F.embedding``, and several times as fast on a CPU whose caches the matrix outgrows.
 
-    On CPU ``F.embedding`` waits for every row in turn. The kernel of ``F.embedding_bag`` fetches rows ahead, and the sum
-    over a bag of one row is that row.
+    There ``F.embedding`` waits for every row in turn. The kernel of ``F.embedding_bag`` fetches rows ahead, and the sum
+    over a bag of one row is that row. Where dense gradients are asked for, it is ``F.embedding`` all the same.
 
     Args:
         weight: float ``(R, d)``.
@@ -25,11 +28,11 @@ def read_rows(weight: Tensor, rows: Tensor, sparse: bool = False) -> Tensor:
     Returns:
         ``(..., d)`` of the weight's dtype.
     """
-    if (torch.is_grad_enabled() and weight.requires_grad) or not _reads_ahead(weight, rows):
+    with_gradient = torch.is_grad_enabled() and weight.requires_grad
+    if (with_gradient and not sparse) or not _can_read_ahead(weight, rows):
         return F.embedding(rows, weight, sparse=sparse)
-    index = rows.reshape(-1)
-    found = F.embedding_bag(index, weight.detach(), one_per_bag(len(index)), mode="sum", include_last_offset=True)
-    return found.view(*rows.shape, weight.shape[1])
+    found: Tensor = _SparseRead.apply(weight, rows) if with_gradient else _read_ahead(weight, rows)
+    return found
 
 
 def one_per_bag(count: int) -> Tensor:
@@ -46,7 +49,30 @@ def one_per_bag(count: int) -> Tensor:
     return bags
 
 
-def _reads_ahead(weight: Tensor, rows: Tensor) -> bool:
+class _SparseRead(torch.autograd.Function):
+    """Rows, with the row-sparse gradient that ``F.embedding(sparse=True)`` has."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = weight.shape
+        return _read_ahead(weight, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        rows, values = ctx.saved_tensors[0].reshape(1, -1), gradient.reshape(-1, ctx.shape[1])
+        return torch.sparse_coo_tensor(rows, values, ctx.shape, check_invariants=False), None
+
+
+def _read_ahead(weight: Tensor, rows: Tensor) -> Tensor:
+    index = rows.reshape(-1)
+    found = F.embedding_bag(index, weight.detach(), one_per_bag(len(index)), mode="sum", include_last_offset=True)
+    # Not a view: autograd refuses changes in place of views that a function made.
+    return torch.ops.aten._unsafe_view(found, [*rows.shape, weight.shape[1]])
+
+
+def _can_read_ahead(weight: Tensor, rows: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(rows) is not Tensor:
         return False
     return weight.is_cpu and rows.is_cpu and rows.dtype == torch.int64 and rows.numel() >= _FEW_ROWS

@@ -3,6 +3,9 @@
 A *centred* grid has the values ``step·(q − L) + offset`` for codes q in ``[0, 2L]``, L = (2^bits − 1)/2: it is symmetric
 around its offset, and zero lies between two codes. A *row* grid has the values ``scale·q + low``, from the row's own
 smallest value to its largest.
+
+Steps and scales keep 16 significant bits at most. Their products with codes are then exact in float32, so that kernels
+that multiply and add in one rounding or in two, eager or compiled, on CPU or CUDA, return the same bits.
 """
 
 from __future__ import annotations
@@ -27,12 +30,17 @@ def half_levels(bits: int) -> float:
 
 def step_of(span: Tensor, bits: int) -> Tensor:
     """Step of the centred grid of half width ``span``; the sign of a span means nothing."""
-    return span.abs().clamp_min(TINY) / 2 ** (bits - 1)
+    return round_step(span.abs().clamp_min(TINY) / 2 ** (bits - 1))
 
 
 def span_of(step: Tensor, bits: int) -> Tensor:
     """Half width of the centred grid, the outer halves of its end cells included."""
     return step * 2 ** (bits - 1)
+
+
+def round_step(step: Tensor) -> Tensor:
+    """Round float32 to 16 significant bits."""
+    return ((step.view(torch.int32) + 128) & -256).view(torch.float32)
 
 
 def quantize(values: Tensor, step: Tensor, offset: Tensor | None, bits: int) -> Tensor:
@@ -42,9 +50,9 @@ def quantize(values: Tensor, step: Tensor, offset: Tensor | None, bits: int) -> 
 
 
 def dequantize(codes: Tensor, step: Tensor, offset: Tensor | None, bits: int) -> Tensor:
-    """Values of codes on a centred grid: any dtype ``(..., d)`` to float32 ``(..., d)``."""
-    values = codes.to(torch.float32, copy=True).sub_(half_levels(bits)).mul_(step)
-    return values if offset is None else values.add_(offset)
+    """Values of codes on a centred grid, as in `dequantize_row`."""
+    low = step * -half_levels(bits)
+    return dequantize_row(codes, step, low if offset is None else low + offset)
 
 
 def row_grid(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -63,15 +71,11 @@ def row_grid(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def stored_row_grid(scale: Tensor, low: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Round a row grid to what is stored, in float32: float16 below 8 bits, a float32 with 16 significant bits for 8.
+    """Round a row grid to what is stored, in float32: float16 numbers below 8 bits, float32 ones for 8.
 
-    So ``scale·q`` is exact in float32, and kernels that multiply and add in one rounding or in two, eager or compiled,
-    on CPU or CUDA, return the same bits. A scale of zero, where all values of a row are equal, is stored as one.
+    A scale of zero, where all values of a row are equal, becomes one.
     """
-    if bits == 8:
-        scale = ((scale.contiguous().view(torch.int32) + 128) & -256).view(torch.float32)
-    else:
-        scale = _round_half(scale)
+    scale = round_step(scale) if bits == 8 else _round_half(scale)
     return torch.where(scale == 0, 1.0, scale), _round_low(low, bits)
 
 
@@ -81,8 +85,11 @@ def quantize_row(values: Tensor, scale: Tensor, low: Tensor, bits: int) -> Tenso
 
 
 def dequantize_row(codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:
-    """Values of codes on a row grid: any dtype ``(..., d)`` to float32 ``(..., d)``."""
-    return codes.to(torch.float32, copy=True).mul_(scale).add_(low)
+    """Values of codes on a row grid: any dtype ``(..., d)`` to float32 ``(..., d)``; float32 codes are overwritten."""
+    values = codes.to(torch.float32)
+    if torch.compiler.is_compiling():
+        return values * scale + low
+    return torch.addcmul(low, values, scale, out=values)
 
 
 def pick(steps: Tensor, row_format: RowFormat, rows: Tensor, segment: Segment, sparse: bool = False) -> Tensor:

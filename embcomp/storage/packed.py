@@ -94,7 +94,7 @@ class PackedRows(RowStore):
         codes = packing.gather(self.codes, rows, self.dim, self.bits)
         if self.row_format.granularity == "row":
             scale, low = (table.view(-1)[rows].unsqueeze(-1) for table in (self.scale, self.offset))
-            return grids.dequantize_row(codes, scale, low)
+            return grids.dequantize_row(codes, scale.to(torch.float32), low.to(torch.float32))
         step = grids.pick(self.scale, self.row_format, rows, segment)
         offset = None if self.offset is None else grids.pick(self.offset, self.row_format, rows, segment)
         return grids.dequantize(codes, step, offset, self.bits)
@@ -137,5 +137,5 @@ class PackedRows(RowStore):
         """The same, bit for bit, in operations that every device has and every compiler knows."""
         found = packing.gather_bytes(self.codes.view(-1), rows, self.codes.shape[1])
         size, dtype = self.dim * self.bits // 8, row_scale_dtype(self.bits)
-        grid = found[..., size:].contiguous().view(dtype)
+        grid = found[..., size:].contiguous().view(dtype).to(torch.float32)
         return grids.dequantize_row(packing.unpack(found[..., :size], self.bits, self.dim), grid[..., :1], grid[..., 1:])

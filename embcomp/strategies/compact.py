@@ -114,7 +114,7 @@ class CompactTables(MixedTables):
         chosen = dict(start)
         chosen.update((key, choice) for key, choice in steps[:size])
         layout = {
-            spec.name: " ".join(str(chosen[key]) for key in sorted(chosen) if key[0] == index)
+            spec.name: " ".join(map(str, _joined([chosen[key] for key in sorted(chosen) if key[0] == index])))
             for index, spec in enumerate(specs)
         }
         return replace(config, layout=layout)
@@ -150,6 +150,17 @@ def _kind(spec: TableSpec, choice: Choice, config: CompactConfig) -> tuple[type,
         return FullTables, FullConfig(rows, "error", seed, sparse)
     kept = ProjectedConfig(rows, "error", seed, sparse, choice.dim, config.projection, choice.share)
     return ProjectedTables, kept
+
+
+def _joined(tiers: Sequence[Choice]) -> list[Choice]:
+    """Neighbouring tiers that are kept alike become one; so does a later one that is like an earlier one, with all between."""
+    joined: list[Choice] = []
+    for choice in tiers:
+        alike = [i for i, earlier in enumerate(joined) if earlier[1:] == choice[1:]]
+        if alike:
+            del joined[alike[0] :]
+        joined.append(choice)
+    return joined
 
 
 Key = tuple[int, int]
@@ -219,9 +230,9 @@ def _offers(
 
 
 def _dims(dim: int) -> list[int]:
-    """Dimensions on offer: all up to 4, then two per doubling, and D itself; few, so that tables share lookups."""
-    steps = {d for power in range(12) for d in (2**power, 3 * 2 ** (power - 1) if power else 1)}
-    return sorted({int(d) for d in steps if d < dim} | {dim})
+    """Dimensions on offer: all up to 8, then four per doubling, and D itself."""
+    steps = {*range(1, 9), *(eighth * 2**power for power in range(1, 12) for eighth in (5, 6, 7, 8))}
+    return sorted({d for d in steps if d < dim} | {dim})
 
 
 def _hull(offers: list[tuple[int, float, Choice]]) -> list[tuple[int, float, Choice]]:
