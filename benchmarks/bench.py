@@ -1,0 +1,42 @@
+"""``make bench``: the default sweep, its table and its report. A second run takes what is there, and ends at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import report, sweep
+from benchmarks.frames import read_results
+from benchmarks.terminal import text_table
+
+EXPERIMENT = "embedded"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the default sweep and report on it; the process ends with status 1 if a cell failed.
+
+    Args:
+        arguments: of the command line; None for the process's own.
+    """
+    parser = argparse.ArgumentParser("python -m benchmarks.bench", description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path("results"), help="where results go; default: results")
+    parser.add_argument("overrides", nargs="*", help="of the sweep, such as seed=1 hydra.launcher.n_jobs=8")
+    given = parser.parse_args(arguments)
+    status = 0
+    try:
+        sweep.main(["-m", f"experiment={EXPERIMENT}", f"results_dir={given.results}", *given.overrides])
+    except SystemExit as stopped:
+        status = stopped.code if isinstance(stopped.code, int) else 1
+    folder = given.results / EXPERIMENT
+    if status > 1 or not folder.is_dir():
+        raise SystemExit(status)
+    print(text_table(report.build_sections(read_results(folder)[0])))
+    report.main([str(folder), "-o", str(folder / "report.html")])
+    sys.stdout.flush()
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

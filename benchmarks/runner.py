@@ -1,0 +1,235 @@
+"""Run a cell: load, plan, build, train, finalize, and measure the finalized form, never the training form."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from benchmarks.cells import Cell
+from benchmarks.errors import ResultError
+from benchmarks.locks import try_lock
+from benchmarks.measure import (
+    environment,
+    lookup_latency,
+    peak_memory_bytes,
+    reset_peak_memory,
+    saved_bytes,
+    state_bytes,
+)
+from benchmarks.results import FAILED, INFEASIBLE, SUCCESS, CellResult, Sizes, metric_values, write_result, write_whole
+from embcomp import Plan, StrategyConfig, config_to_dict, make_config, plan
+from embcomp.errors import BudgetError, ConfigError
+from recsys_models.ctr import CTRModel, build_model, get_model
+from recsys_models.data import ClickLog, load_dataset
+from recsys_models.metrics import evaluate
+from recsys_models.training import TrainingConfig, TrainingResult, fit
+
+logger = logging.getLogger(__name__)
+
+ELSEWHERE = "elsewhere"
+"""Status of a cell that another process is running: it has no result yet."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell in this sweep.
+
+    Attributes:
+        status: of its result, or `ELSEWHERE`.
+        result: None where another process is running the cell.
+        reused: whether the result is of an earlier run.
+        owner: who is running it, else empty.
+    """
+
+    status: str
+    result: CellResult | None = None
+    reused: bool = False
+    owner: str = ""
+
+
+def run_or_reuse(cell: Cell, overwrite: bool = False) -> Outcome:
+    """Run a cell unless its result is there, or another process is at it; write its result, and a log if it failed.
+
+    Args:
+        cell: the cell.
+        overwrite: run it even if it is finished.
+
+    Raises:
+        ResultError: if the result can't be written.
+    """
+    if not overwrite and (result := cell.finished()):
+        return Outcome(result.status, result, reused=True)
+    with try_lock(cell.lock_path) as owner:
+        if owner is not None:
+            return Outcome(ELSEWHERE, owner=owner)
+        if not overwrite and (result := cell.finished()):
+            return Outcome(result.status, result, reused=True)
+        result = run_cell(cell)
+        if result.error is not None and result.status == FAILED:
+            write_whole(cell.log_path, result.error["traceback"])
+        else:
+            cell.log_path.unlink(missing_ok=True)
+        write_result(cell.path, result)
+    return Outcome(result.status, result)
+
+
+def run_cell(cell: Cell) -> CellResult:
+    """Run a cell; whatever goes wrong in it becomes part of the result, so that a sweep goes on."""
+    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+    notes = _Notes()
+    reset_peak_memory()
+    status, error = SUCCESS, None
+    try:
+        if cell.config.get("threads"):
+            torch.set_num_threads(int(cell.config["threads"]))
+        _measure(cell, notes)
+    except BudgetError as caught:
+        status, error = FAILED if caught.minimum_bytes is None else INFEASIBLE, _describe(caught)
+        notes.sizes["minimum_bytes"] = caught.minimum_bytes
+    except Exception as caught:  # the one place where a sweep stops errors: they are in the result, with traceback
+        logger.exception("%s failed", cell.name)
+        status, error = FAILED, _describe(caught)
+    return cell.empty_result(
+        status,
+        started=started,
+        wall_seconds=round(time.perf_counter() - clock, 3),
+        environment={**environment(), "threads": torch.get_num_threads()},
+        error=error,
+        sizes=Sizes(**notes.sizes, peak_memory_bytes=peak_memory_bytes()),
+        dataset=notes.dataset,
+        tables=notes.tables,
+        metrics=notes.metrics,
+        training=notes.training,
+        lookup=notes.lookup,
+    )
+
+
+@dataclass
+class _Notes:
+    """What is known of a cell so far; what was measured before an error is kept."""
+
+    dataset: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, int | None] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lookup: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def _measure(cell: Cell, notes: _Notes) -> None:
+    config = cell.config
+    strategy, training = _strategy(cell), _training(cell)
+    get_model(config["model"]["name"])
+    data = load_dataset(
+        config["data"]["name"], config.get("data_root"), config.get("data_cache"), **_options(config["data"])
+    )
+    notes.dataset = _about(data)
+    planned = _plan(cell, data, strategy, notes.sizes)
+    notes.tables = config_to_dict(planned.config)
+    torch.manual_seed(cell.seed)
+    tables = planned.build()
+    notes.sizes["built_bytes"] = tables.memory().serve_bytes
+    optimizer = training.embedding_optimizer or training.optimizer
+    notes.sizes["train_bytes"] = tables.memory().train_bytes(optimizer)
+    model = build_model(config["model"]["name"], tables, len(data.dense_names), **_options(config["model"]))
+    trained = fit(model, data, training)
+    notes.training = _about_training(trained)
+    tables.finalize_()
+    notes.metrics = _quality(model, data, trained)
+    notes.sizes |= {
+        "served_bytes": state_bytes(tables),
+        "model_bytes": state_bytes(model),
+        "file_bytes": saved_bytes(tables),
+    }
+    _check_budget(notes.sizes)
+    ids = data.test.batches(len(data.test), device=next(iter(tables.state_dict().values())).device)
+    notes.lookup = lookup_latency(tables, next(iter(ids)).ids)
+
+
+def _strategy(cell: Cell) -> StrategyConfig:
+    options = dict(cell.config["strategy"])
+    if options.get("seed", 0) not in (0, cell.seed):
+        raise ConfigError(f"strategy.seed={options['seed']} and seed={cell.seed}: the cell's seed is used, set seed=")
+    return make_config(options.pop("name"), **{**options, "seed": cell.seed})
+
+
+def _training(cell: Cell) -> TrainingConfig:
+    options = dict(cell.config["training"])
+    if options.get("seed", 0) not in (0, cell.seed):
+        raise ConfigError(f"training.seed={options['seed']} and seed={cell.seed}: the cell's seed is used, set seed=")
+    return TrainingConfig(**{**options, "seed": cell.seed})
+
+
+def _plan(cell: Cell, data: ClickLog, strategy: StrategyConfig, sizes: dict[str, int | None]) -> Plan:
+    model, config = get_model(cell.config["model"]["name"]), cell.config
+    specs = model.table_specs(data.fields, int(config["embedding_dim"]), float(config["init_std"]))
+    sizes["float32_bytes"] = sum(spec.full_bytes for spec in specs)
+    counts = {known.name: torch.from_numpy(known.counts) for known in data.fields}
+    planned = plan(specs, strategy, cell.budget, counts)
+    sizes["budget_bytes"], sizes["planned_bytes"] = planned.budget_bytes, planned.report.serve_bytes
+    return planned
+
+
+def _quality(model: CTRModel, data: ClickLog, trained: TrainingResult) -> dict[str, dict[str, Any]]:
+    test, validation = evaluate(model, data.test), evaluate(model, data.validation)
+    return metric_values(
+        {
+            "test_auc": test.auc,
+            "test_log_loss": test.log_loss,
+            "validation_auc": validation.auc,
+            "validation_log_loss": validation.log_loss,
+            "trained_validation_auc": trained.validation.auc,
+        }
+    )
+
+
+def _check_budget(sizes: Mapping[str, int | None]) -> None:
+    budget, served = sizes["budget_bytes"], sizes["served_bytes"]
+    if budget is not None and served is not None and served > budget:
+        raise ResultError(f"the finalized tables take {served} B, over the budget of {budget} B: a bug in the strategy")
+
+
+def _about(data: ClickLog) -> dict[str, Any]:
+    return {
+        "name": data.name,
+        "content_hash": data.content_hash,
+        "train_rows": len(data.train),
+        "validation_rows": len(data.validation),
+        "test_rows": len(data.test),
+        "num_fields": len(data.fields),
+        "num_dense": len(data.dense_names),
+        "num_ids": sum(known.num_ids for known in data.fields),
+    }
+
+
+def _about_training(trained: TrainingResult) -> dict[str, Any]:
+    evaluations = [dataclasses.asdict(evaluation) for evaluation in trained.history]
+    return {
+        "epochs": trained.epochs,
+        "steps": trained.steps,
+        "best_epoch": trained.best.epoch,
+        "stopped": trained.stopped,
+        "train_seconds": round(trained.train_seconds, 3),
+        "samples_per_second": round(trained.samples_per_second, 1),
+        "history": [{name: _finite(value) for name, value in values.items()} for values in evaluations],
+    }
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and value != value else value
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "name"}
+
+
+def _describe(error: BaseException) -> dict[str, str]:
+    return {"type": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}

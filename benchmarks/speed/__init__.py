@@ -1,0 +1,1 @@
+"""Speed of lookups and training steps beside their peers, in one run: ``python -m benchmarks.speed``."""

@@ -1,0 +1,46 @@
+"""The tables of a report for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from benchmarks.markdown import with_std
+from benchmarks.results import METRICS
+from embcomp import format_bytes
+
+if TYPE_CHECKING:
+    from benchmarks.report import Section
+
+
+def text_table(sections: Sequence[Section], metric: str = "test_auc") -> str:
+    """A table per section: every point, and the best for each budget."""
+    return "\n\n".join(_section(section, metric) for section in sections)
+
+
+def _section(section: Section, metric: str) -> str:
+    head = ("", "strategy", "asked", "bytes", "of float32", METRICS[metric].title, "test log loss", "4096 rows")
+    lines = [head, *(_row(row, metric) for _, row in section.points.iterrows())]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    best = [
+        f"best within {choice.budget}: {choice.best['label']}, {METRICS[metric].title} {choice.best[metric]:.4f}, "
+        f"{format_bytes(choice.best['bytes'])}"
+        for choice in section.choices
+    ]
+    return "\n".join([f"{section.title}: {section.rows}", *text, "* on the Pareto front", *best])
+
+
+def _row(row: pd.Series, metric: str) -> tuple[str, ...]:
+    return (
+        "*" if row.on_front else "",
+        str(row.label),
+        row.budget if isinstance(row.budget, str) else "",
+        format_bytes(row.bytes),
+        f"{row.share:.2%}",
+        with_std(row, metric),
+        with_std(row, "test_log_loss"),
+        f"{row.lookup_4096_p50:.0f} µs",
+    )
