@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import report, sweep
-from benchmarks.frames import read_results
+from benchmarks import sweep
+from benchmarks.errors import ResultError
+from benchmarks.report import write_report
 from benchmarks.terminal import text_table
 
 EXPERIMENT = "embedded"
@@ -32,9 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = given.results / EXPERIMENT
     if status > 1 or not folder.is_dir():
         raise SystemExit(status)
-    print(text_table(report.build_sections(read_results(folder)[0])))
-    report.main([str(folder), "-o", str(folder / "report.html")])
-    sys.stdout.flush()
+    path = folder / "report.html"
+    try:
+        sections, _ = write_report(folder, path)
+    except ResultError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(status or 1) from None
+    print(f"{text_table(sections)}\n\nreport: {path.resolve()}")
     raise SystemExit(status)
 
 

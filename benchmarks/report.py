@@ -86,6 +86,26 @@ def build_sections(results: Sequence[CellResult], metric: str = "test_auc") -> l
     return sections
 
 
+def write_report(folder: Path, path: Path, metric: str = "test_auc") -> tuple[list[Section], list[str]]:
+    """Read the results in a folder and write their report.
+
+    Args:
+        folder: of results.
+        path: of the page.
+        metric: by which fronts are drawn and choices made.
+
+    Returns:
+        what it says, and a line on each file that was left out.
+
+    Raises:
+        ResultError: if there are no results, or the page can't be written.
+    """
+    results, skipped = read_results(folder)
+    sections = build_sections(results, metric)
+    write_whole(path, html_report(sections, results, skipped, metric))
+    return sections, skipped
+
+
 def html_report(
     sections: Sequence[Section], results: Sequence[CellResult], skipped: Sequence[str], metric: str = "test_auc"
 ) -> str:
@@ -145,20 +165,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--markdown", type=Path, help="also write the tables as Markdown; - for the terminal")
     parser.add_argument("--metric", choices=list(METRICS), default="test_auc", help="by which fronts are drawn")
     given = parser.parse_args(arguments)
+    path = given.output or given.results / "report.html"
     try:
-        results, skipped = read_results(given.results)
-        sections = build_sections(results, given.metric)
-        path = given.output or given.results / "report.html"
-        write_whole(path, html_report(sections, results, skipped, given.metric))
-        if given.markdown:
-            text = markdown_report(sections, given.metric)
-            print(text) if str(given.markdown) == "-" else write_whole(given.markdown, text)
+        sections, skipped = write_report(given.results, path, given.metric)
+        if given.markdown and str(given.markdown) != "-":
+            write_whole(given.markdown, markdown_report(sections, given.metric))
     except ResultError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
     for line in skipped:
         print(f"left out: {line}", file=sys.stderr)
-    print(f"{len(results)} results in {len(sections)} tables: {path.resolve().as_uri()}", file=sys.stderr)
+    if str(given.markdown) == "-":
+        print(markdown_report(sections, given.metric))
+    print(f"report: {path.resolve()}", file=sys.stderr)
 
 
 def _command(names: dict[str, str]) -> str:

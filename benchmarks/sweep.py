@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OverrideError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
+    given.sort(
+        key=lambda argument: argument not in ("-m", "--multirun")
+    )  # Hydra takes it before or after all overrides
     before, sys.argv = sys.argv, ["embcomp-bench", *given]
     try:
         run()

@@ -22,6 +22,8 @@ def text_table(sections: Sequence[Section], metric: str = "test_auc") -> str:
 
 def _section(section: Section, metric: str) -> str:
     head = ("", "strategy", "asked", "bytes", "of float32", METRICS[metric].title, "test log loss", "4096 rows")
+    if section.points.empty:
+        return f"{section.title}: {section.rows}\nno cell was successful"
     lines = [head, *(_row(row, metric) for _, row in section.points.iterrows())]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]

@@ -24,10 +24,11 @@ from embcomp.errors import (
 from embcomp.io import from_pretrained, load_pretrained_, load_tables, save_pretrained
 from embcomp.memory import MemoryReport, format_bytes
 from embcomp.planning import plan_groups
+from embcomp.specs import Knowledge, TableSpec
 from embcomp.strategies import *  # noqa: F403
 from embcomp.strategies import __all__ as _strategy_names
 from embcomp.swap import Compression, compress_, finalize_, to_dense
-from embcomp.tables import EmbeddingTables, Knowledge, TableSpec
+from embcomp.tables import EmbeddingTables
 from embcomp.views import EmbeddingBagView, EmbeddingView, TiedLinear
 
 __version__ = "0.1.0"

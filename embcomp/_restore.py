@@ -15,7 +15,8 @@ from embcomp._checkpoint import Checkpoint, get
 from embcomp.config import config_from_dict, config_to_dict, strategy_of
 from embcomp.errors import EmbcompError, IncompatibleStateError
 from embcomp.sites import GROUPS, Site, attach, find_groups, find_sites, home_of, owner_path
-from embcomp.tables import EmbeddingTables, TableSpec
+from embcomp.specs import TableSpec
+from embcomp.tables import EmbeddingTables
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import torch
 from embcomp.config import StrategyConfig, make_config, strategy_of
 from embcomp.errors import BudgetError, ConfigError
 from embcomp.memory import MemoryReport, format_bytes
-from embcomp.tables import EmbeddingTables, Knowledge, TableSpec, check_group
+from embcomp.specs import Knowledge, TableSpec, check_group
+from embcomp.tables import EmbeddingTables
 
 _UNITS = {"b": 1}
 _UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)}

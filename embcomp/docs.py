@@ -20,9 +20,9 @@ from embcomp.budget import Plan, plan
 from embcomp.config import StrategyConfig, StrategyEntry, get_strategy, list_strategies, make_config
 from embcomp.errors import BudgetError, ConfigError
 from embcomp.memory import format_bytes
+from embcomp.specs import TableSpec
 from embcomp.storage import RowStore
 from embcomp.storage.formats import FLOAT_BITS, INTEGER_BITS
-from embcomp.tables import TableSpec
 
 REFERENCE = tuple(
     TableSpec(name, size, 16)

@@ -1,4 +1,4 @@
-"""The errors of embcomp. Each is also a ``ValueError``, ``IndexError`` or ``RuntimeError``, as plain torch code would raise."""
+"""The errors of embcomp, each also the built-in error that plain torch code would raise in its place."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from embcomp.config import StrategyConfig
 from embcomp.errors import ConfigError
 from embcomp.memory import MemoryReport
-from embcomp.tables import EmbeddingTables, TableSpec
+from embcomp.specs import TableSpec
+from embcomp.tables import EmbeddingTables
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from embcomp.budget import Budget, Plan, cost, plan, solve
 from embcomp.config import StrategyConfig, make_config, strategy_of
 from embcomp.errors import BudgetError, SpecError, did_you_mean
 from embcomp.memory import format_bytes
-from embcomp.tables import Knowledge, TableSpec, check_group
+from embcomp.specs import Knowledge, TableSpec, check_group
 
 
 @dataclass(frozen=True)

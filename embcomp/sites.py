@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from embcomp.config import StrategyConfig, make_config
 from embcomp.errors import ConfigError, NoMatchingTableError, SpecError, did_you_mean
-from embcomp.tables import EmbeddingTables, TableSpec
+from embcomp.specs import TableSpec
+from embcomp.tables import EmbeddingTables
 from embcomp.views import EmbeddingBagView, EmbeddingView, TableView, TiedLinear
 
 GROUPS = "embcomp_tables"

@@ -16,7 +16,8 @@ from embcomp.memory import MemoryReport, format_bytes, sum_reports
 from embcomp.planning import plan_groups
 from embcomp.reporting import format_rows, table_rows
 from embcomp.sites import Fields, Filter, Patterns, Site, attach, choose, find_groups, find_sites, home_of, owner_path
-from embcomp.tables import EmbeddingTables, TableSpec
+from embcomp.specs import TableSpec
+from embcomp.tables import EmbeddingTables
 
 INITS = ("random", "trained")
 

@@ -21,7 +21,7 @@ from benchmarks.speed.training_steps import measure_steps
 
 SECTIONS = ("lookup", "step", "memory", "deepfm")
 _DEEPFM_STEPS = 100
-_QUICK_DEEPFM = (2, (8200, 100))
+_QUICK_DEEPFM = (2, (300, 100))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 Segment = Tensor | int | None
-"""Which segment (table) each row belongs to: int64 broadcastable to the rows, one int, or None for column t = segment t."""
+"""The segment (table) of each row: int64 broadcastable to the rows, one int, or None for column t = segment t."""
 
 
 class RowStore(nn.Module):
@@ -71,4 +71,5 @@ class RowStore(nn.Module):
         return starts
 
     def extra_repr(self) -> str:
-        return f"rows={self.num_rows}, dim={self.dim}, segments={len(self.segments)}, serve_bytes={sum(self.serve_bytes())}"
+        size = sum(self.serve_bytes())
+        return f"rows={self.num_rows}, dim={self.dim}, segments={len(self.segments)}, serve_bytes={size}"

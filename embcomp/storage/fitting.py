@@ -61,9 +61,7 @@ def fit_row_grid(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return stored_row_grid(step, offset - half_levels(bits) * step, bits)
 
 
-def _least_squares(
-    values: Tensor, step: Tensor, offset: Tensor, bits: int, with_offset: bool
-) -> tuple[Tensor, Tensor]:
+def _least_squares(values: Tensor, step: Tensor, offset: Tensor, bits: int, with_offset: bool) -> tuple[Tensor, Tensor]:
     """Best step (and offset) for the codes that the present ones give."""
     levels = quantize(values, step, offset, bits).sub_(half_levels(bits))
     if not with_offset:

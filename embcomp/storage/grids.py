@@ -1,8 +1,8 @@
 """The number grids of integer rows: 2^bits equally spaced values, how they are placed, and how rows snap to them.
 
-A *centred* grid has the values ``step·(q − L) + offset`` for codes q in ``[0, 2L]``, L = (2^bits − 1)/2: it is symmetric
-around its offset, and zero lies between two codes. A *row* grid has the values ``scale·q + low``, from the row's own
-smallest value to its largest.
+A *centred* grid has the values ``step·(q − L) + offset`` for codes q in ``[0, 2L]``, L = (2^bits − 1)/2: it is
+symmetric around its offset, and zero lies between two codes. A *row* grid has the values ``scale·q + low``, from the
+row's own smallest value to its largest.
 
 Steps and scales keep 16 significant bits at most. Their products with codes are then exact in float32, so that kernels
 that multiply and add in one rounding or in two, eager or compiled, on CPU or CUDA, return the same bits.
@@ -113,5 +113,5 @@ def _round_low(low: Tensor, bits: int) -> Tensor:
 
 
 def _round_half(values: Tensor) -> Tensor:
-    """Round float32 through float16. Inductor drops a plain round trip of casts, but not one whose bits are looked at."""
+    """Round float32 through float16; looking at the bits keeps Inductor from dropping the round trip of casts."""
     return (values.to(torch.float16).view(torch.int16) | 0).view(torch.float16).to(torch.float32)

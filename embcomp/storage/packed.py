@@ -55,8 +55,8 @@ class PackedRows(RowStore):
       codes, its scale and its smallest value, in the layout of ``torch.ops.quantized.embedding_bag_byte_prepack`` and
       its kin, whose fused kernels look rows up on CPU.
     - ``row`` scales otherwise: ``codes`` is a `packing` stream, ``scale`` and ``offset`` are ``(R, 1)``.
-    - ``column``, ``table``, ``group`` scales: ``codes`` is a stream, ``scale`` and ``offset`` (where the format has one)
-      are float32 ``(T, d)``, ``(T, 1)``, ``(⌈R / group⌉, 1)``.
+    - ``column``, ``table``, ``group`` scales: ``codes`` is a stream, ``scale`` and ``offset`` (where the format has
+      one) are float32 ``(T, d)``, ``(T, 1)``, ``(⌈R / group⌉, 1)``.
 
     Args:
         segments: rows in each segment.
@@ -93,6 +93,7 @@ class PackedRows(RowStore):
             return self._lookup_rows(rows)
         codes = packing.gather(self.codes, rows, self.dim, self.bits)
         if self.row_format.granularity == "row":
+            assert self.offset is not None
             scale, low = (table.view(-1)[rows].unsqueeze(-1) for table in (self.scale, self.offset))
             return grids.dequantize_row(codes, scale.to(torch.float32), low.to(torch.float32))
         step = grids.pick(self.scale, self.row_format, rows, segment)
@@ -117,7 +118,8 @@ class PackedRows(RowStore):
         packed = packing.pack(codes, self.bits)
         dtype, stop = row_scale_dtype(self.bits), start + len(codes)
         if self.fused:
-            assert scale is not None and low is not None
+            assert scale is not None
+            assert low is not None
             ends = [part.to(dtype).contiguous().view(torch.uint8) for part in (scale, low)]
             self.codes[start:stop] = torch.cat([packed.view(len(codes), -1), *ends], dim=1)
             return
@@ -138,4 +140,6 @@ class PackedRows(RowStore):
         found = packing.gather_bytes(self.codes.view(-1), rows, self.codes.shape[1])
         size, dtype = self.dim * self.bits // 8, row_scale_dtype(self.bits)
         grid = found[..., size:].contiguous().view(dtype).to(torch.float32)
-        return grids.dequantize_row(packing.unpack(found[..., :size], self.bits, self.dim), grid[..., :1], grid[..., 1:])
+        return grids.dequantize_row(
+            packing.unpack(found[..., :size], self.bits, self.dim), grid[..., :1], grid[..., 1:]
+        )

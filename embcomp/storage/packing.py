@@ -65,7 +65,7 @@ def gather_bytes(packed: Tensor, rows: Tensor, row_bytes: int) -> Tensor:
     if torch.compiler.is_compiling():
         return packed.view(-1, row_bytes)[rows]
     # Words must lie at multiples of their width: the bytes of a loaded file need not, and unaligned words crash.
-    place = row_bytes | packed.data_ptr() | packed.storage_offset()
+    place = row_bytes | int(packed.data_ptr()) | int(packed.storage_offset())
     width, dtype = next(((w, t) for w, t in _WORDS if place % w == 0), (1, torch.uint8))
     words = packed.view(dtype)
     found = words if width == row_bytes else words.view(-1, row_bytes // width)
@@ -84,7 +84,9 @@ def _pack_chunk(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 ``(n,)`` codes; the chunk begins at a byte."""
     if bits == 3:
         wide = _padded(codes, 8).view(-1, 8).to(torch.int32)
-        word = sum(wide[:, j] << (3 * j) for j in range(8))
+        word = wide[:, 0].clone()
+        for j in range(1, 8):
+            word |= wide[:, j] << (3 * j)
         return torch.stack([(word >> shift).to(torch.uint8) for shift in (0, 8, 16)], 1).view(-1)[
             : packed_bytes(1, codes.numel(), 3)
         ]

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import stored_bytes
 from embcomp.strategies._allocation import allocate_rows, check_table_names
 from embcomp.strategies._remap import remap_bytes
-from embcomp.tables import Knowledge, TableSpec
 
 if TYPE_CHECKING:
     from embcomp.strategies.frequency_cut import FrequencyCutConfig

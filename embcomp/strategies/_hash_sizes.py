@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from embcomp.errors import ConfigError
 from embcomp.hashing import MAX_RANGE
+from embcomp.specs import TableSpec
 from embcomp.storage import RowFormat, stored_bytes
-from embcomp.tables import TableSpec
 
 if TYPE_CHECKING:
     from embcomp.strategies.hash import HashConfig

@@ -11,18 +11,21 @@ from torch import Tensor, nn
 
 from embcomp.config import StrategyConfig, check_at_least, check_choice
 from embcomp.hashing import hash_seed, hash_to_range
+from embcomp.specs import TableSpec
 from embcomp.storage import make_row_store
-from embcomp.tables import EmbeddingTables, TableSpec
+from embcomp.tables import EmbeddingTables
 
 PROJECTIONS = ("linear", "none")
 
 
 @dataclass(frozen=True)
 class ProjectedConfig(StrategyConfig):
-    """Attributes:
-    dim: d, values per stored row.
-    projection: ``"linear"``: one ``(d, D)`` matrix per table; ``"none"``: D − d zeros behind the row.
-    share: ids per stored row; above 1, ids are hashed onto ``ceil(V / share)`` rows.
+    """A smaller dimension, and sharing.
+
+    Attributes:
+        dim: d, values per stored row.
+        projection: ``"linear"``: one ``(d, D)`` matrix per table; ``"none"``: D − d zeros behind the row.
+        share: ids per stored row; above 1, ids are hashed onto ``ceil(V / share)`` rows.
     """
 
     dim: int = 1
@@ -38,6 +41,11 @@ class ProjectedConfig(StrategyConfig):
 
 class ProjectedTables(EmbeddingTables):
     """Tables stored at one smaller dimension d < D, without exemptions."""
+
+    _starts: Tensor
+    _ranges: Tensor
+    _seeds: Tensor
+    projection: nn.Parameter
 
     def __init__(
         self, specs: Sequence[TableSpec], config: ProjectedConfig, counts: Mapping[str, Tensor] | None = None

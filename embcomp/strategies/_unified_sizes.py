@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from embcomp.errors import ConfigError, did_you_mean
 from embcomp.hashing import MAX_RANGE
-from embcomp.tables import TableSpec
+from embcomp.specs import TableSpec
 
 if TYPE_CHECKING:
     from embcomp.strategies.unified import UnifiedConfig

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from embcomp.config import StrategyConfig, check_at_least, check_choice, register_strategy
 from embcomp.errors import ConfigError
 from embcomp.mixed import MixedTables, Piece
+from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import stored_bytes
 from embcomp.strategies._projected import PROJECTIONS, ProjectedConfig, ProjectedTables
 from embcomp.strategies.full import FullConfig, FullTables
 from embcomp.strategies.low_rank import spectrum
-from embcomp.tables import Knowledge, TableSpec
 
 NOISE = {1: 0.3634, 2: 0.1188, 3: 0.0374, 4: 0.0115, 8: 1.0e-4, 32: 0.0}
 """Squared error of the best uniform quantizer of a unit Gaussian, by bits (Max 1960; 8 bits: the high-rate formula)."""
@@ -46,7 +44,7 @@ class CompactConfig(StrategyConfig):
         granularity: what shares a scale: ``"column"``, ``"table"``, ``"row"`` or ``"group<N>"``.
         aware: quantization-aware training; False rounds trained rows at the end.
         tiers: most frequency tiers a table is cut into where counts are known and its ids are ordered by them.
-        reliability: an id seen c times is worth ``c · c / (c + reliability)``: rare ids can't be learned exactly anyway.
+        reliability: an id seen c times is worth ``c²/(c + reliability)``: rare ids can't be learned exactly anyway.
         max_share: most ids that may share a row by hashing.
         layout: table name -> tiers as ``"stop<dimxbits/share"``, joined by spaces; None to let the budget choose.
     """
@@ -139,7 +137,7 @@ def parse_layout(name: str, text: str) -> list[Choice]:
         if choice.bits not in NOISE or choice.dim < 1 or choice.share < 1:
             raise ConfigError(f"layout of table {name!r}: {word!r}: bits are one of {', '.join(map(str, NOISE))}")
         choices.append(choice)
-    if not choices or any(a.stop >= b.stop for a, b in zip(choices, choices[1:], strict=False)):
+    if not choices or any(a.stop >= b.stop for a, b in itertools.pairwise(choices)):
         raise ConfigError(f"layout of table {name!r}: {text!r}: stops must rise")
     return choices
 
@@ -153,7 +151,7 @@ def _kind(spec: TableSpec, choice: Choice, config: CompactConfig) -> tuple[type,
 
 
 def _joined(tiers: Sequence[Choice]) -> list[Choice]:
-    """Neighbouring tiers that are kept alike become one; so does a later one that is like an earlier one, with all between."""
+    """Make tiers that are kept alike one, with all that lie between them."""
     joined: list[Choice] = []
     for choice in tiers:
         alike = [i for i, earlier in enumerate(joined) if earlier[1:] == choice[1:]]
@@ -178,7 +176,7 @@ def _purchases(
             for number, (first, stop, worth) in enumerate(_tiers(spec, config, known)):
                 hull = _hull(_offers(spec, first, stop, worth, config, known))
                 start[index, number] = hull[0][2]
-                for (cost, error, _), (next_cost, next_error, choice) in zip(hull, hull[1:], strict=False):
+                for (cost, error, _), (next_cost, next_error, choice) in itertools.pairwise(hull):
                     steps.append(((next_error - error) / (next_cost - cost), (index, number), choice))
         steps.sort(key=lambda step: step[0])
         known.derived[memo] = start, [(key, choice) for _, key, choice in steps]
@@ -199,7 +197,7 @@ def _tiers(spec: TableSpec, config: CompactConfig, known: Knowledge) -> list[tup
     # Equal steps in log frequency: a tier's rows differ by the same factor in what another bit is worth.
     top, bottom = float(counts[0]), max(float(counts[counts > 0][-1]), 1.0)
     cuts = [top * (bottom / top) ** (i / config.tiers) for i in range(1, config.tiers)]
-    stops = sorted({int((counts >= cut).sum()) for cut in cuts} - {0, len(counts)}) + [len(counts)]
+    stops = [*sorted({int((counts >= cut).sum()) for cut in cuts} - {0, len(counts)}), len(counts)]
     first, tiers = 0, []
     for stop in stops:
         tiers.append((first, stop, float(worth[first:stop].sum() / total[-1])))

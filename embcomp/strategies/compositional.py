@@ -12,6 +12,7 @@ from embcomp.config import StrategyConfig, check_at_least, check_choice, registe
 from embcomp.errors import ConfigError
 from embcomp.hashing import hash_seed
 from embcomp.memory import MemoryPart
+from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import RowFormat, RowStore, make_row_store, stored_bytes
 from embcomp.strategies._allocation import allocate_rows, check_table_names
 from embcomp.strategies._fitting import fit_parts, shared_means
@@ -24,7 +25,7 @@ from embcomp.strategies._partitions import (
     strides,
     uneven_parts,
 )
-from embcomp.tables import EmbeddingTables, Knowledge, TableSpec
+from embcomp.tables import EmbeddingTables
 
 COMBINES = ("product", "sum", "concat")
 FACTOR_STD = 0.1

@@ -12,12 +12,13 @@ from torch import Tensor
 from embcomp.config import StrategyConfig, check_choice, register_strategy
 from embcomp.errors import ConfigError
 from embcomp.hashing import check_range, hash_seed, hash_to_range
+from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import make_row_store
 from embcomp.strategies._allocation import check_table_names
 from embcomp.strategies._fitting import shared_means
 from embcomp.strategies._frequency_sizes import complete_sizes, most_frequent, row_range
 from embcomp.strategies._remap import build_remap, look_up_remap, remap_words, word_starts
-from embcomp.tables import EmbeddingTables, Knowledge, TableSpec
+from embcomp.tables import EmbeddingTables
 
 logger = logging.getLogger(__name__)
 TAILS = ("oov_row", "hash", "zero")

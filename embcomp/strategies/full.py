@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from embcomp.config import StrategyConfig, register_strategy
+from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import make_row_store
-from embcomp.tables import EmbeddingTables, Knowledge, TableSpec
+from embcomp.tables import EmbeddingTables
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class FullTables(EmbeddingTables):
 
     knob = "nothing (choose rows=)"
     knob_is_fine = False
+    _starts: Tensor
 
     def __init__(
         self, specs: Sequence[TableSpec], config: FullConfig, counts: Mapping[str, Tensor] | None = None

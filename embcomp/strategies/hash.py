@@ -12,11 +12,12 @@ from torch import Tensor
 from embcomp.config import StrategyConfig, check_at_least, check_choice, register_strategy
 from embcomp.errors import ConfigError
 from embcomp.hashing import check_range, hash_seed, hash_to_range
+from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import make_row_store
 from embcomp.strategies._allocation import allocate_rows, check_table_names
 from embcomp.strategies._fitting import fit_importance, fit_summed_rows, shared_means
 from embcomp.strategies._hash_sizes import importance_format, largest_rows, rows_worth, smallest_rows, width_of
-from embcomp.tables import EmbeddingTables, Knowledge, TableSpec
+from embcomp.tables import EmbeddingTables
 
 COMBINES = ("sum", "mean", "concat", "weighted")
 _FIT_STEPS = 8
@@ -244,9 +245,7 @@ class HashTables(EmbeddingTables):
         if config.num_rows is not None:
             return config
         largest = largest_rows(specs, config)
-        worth = allocate_rows(
-            size, largest, config.allocation_power, config.exempt_share, smallest_rows(specs, config)
-        )
+        worth = allocate_rows(size, largest, config.allocation_power, config.exempt_share, smallest_rows(specs, config))
         rows = [rows_worth(spec, config, cost) for spec, cost in zip(specs, worth, strict=True)]
         return replace(config, num_rows=dict(zip([spec.name for spec in specs], rows, strict=True)))
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from embcomp.config import StrategyConfig, check_at_least, register_strategy
 from embcomp.errors import ConfigError
 from embcomp.mixed import MixedTables, Piece
+from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import stored_bytes
 from embcomp.strategies._projected import gram
 from embcomp.strategies.reduced_dim import projected_piece
-from embcomp.tables import Knowledge, TableSpec
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ class LowRankTables(MixedTables):
 
     def _rank(self, spec: TableSpec, ranks: dict[str, int]) -> int:
         if spec.name not in ranks:
-            raise ConfigError(f"LowRankConfig: no rank for table {spec.name!r}; ranks= has {', '.join(ranks) or 'none'}")
+            raise ConfigError(
+                f"LowRankConfig: no rank for table {spec.name!r}; ranks= has {', '.join(ranks) or 'none'}"
+            )
         return ranks[spec.name]
 
     @classmethod

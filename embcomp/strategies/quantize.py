@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from embcomp.config import StrategyConfig, check_choice, register_strategy
 from embcomp.errors import ConfigError
 from embcomp.mixed import MixedTables, Piece
+from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import RowFormat
 from embcomp.strategies.reduced_dim import full_piece
-from embcomp.tables import Knowledge, TableSpec
 
 BITS = (1, 2, 3, 4, 8, 16, 32)
 
@@ -81,9 +81,7 @@ class QuantizeTables(MixedTables):
         return 0, len(BITS) - 1
 
     @classmethod
-    def resize(
-        cls, specs: Sequence[TableSpec], config: QuantizeConfig, size: int, known: Knowledge
-    ) -> QuantizeConfig:
+    def resize(cls, specs: Sequence[TableSpec], config: QuantizeConfig, size: int, known: Knowledge) -> QuantizeConfig:
         return replace(config, bits=BITS[size])
 
     @classmethod

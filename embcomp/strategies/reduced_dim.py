@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from embcomp.config import StrategyConfig, check_at_least, check_choice, register_strategy
 from embcomp.mixed import MixedTables, Piece
+from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import stored_bytes
 from embcomp.strategies._projected import PROJECTIONS, ProjectedConfig, ProjectedTables
 from embcomp.strategies.full import FullConfig, FullTables
-from embcomp.tables import Knowledge, TableSpec
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from embcomp.config import StrategyConfig, check_at_least, check_choice, register_strategy
 from embcomp.errors import ConfigError
 from embcomp.hashing import hash_ids, hash_seed, hash_to_range
+from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import make_row_store
 from embcomp.strategies._unified_diagnostics import UnifiedDiagnostics, diagnose, first_layer_overlap
 from embcomp.strategies._unified_sizes import check_choices, chunk_dim_of, complete_sizes, row_range
-from embcomp.tables import CHUNK, EmbeddingTables, Knowledge, TableSpec
+from embcomp.tables import CHUNK, EmbeddingTables
 
 READERS = ("none", "sign", "diagonal")
 ALIKE = 0.05

@@ -13,8 +13,9 @@ from torch import Tensor
 from embcomp.budget import Plan, measure, plan
 from embcomp.config import StrategyConfig, StrategyEntry, config_from_dict, config_to_json, make_config, strategy_of
 from embcomp.errors import BudgetError, ConfigError, SpecError
+from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import RowFormat
-from embcomp.tables import EmbeddingTables, Knowledge, TableSpec
+from embcomp.tables import EmbeddingTables
 
 Strategy = str | StrategyConfig
 """A registered strategy's name, or its config."""

@@ -15,7 +15,8 @@ from embcomp.budget import measure, plan
 from embcomp.config import make_config, strategy_of
 from embcomp.errors import BudgetError
 from embcomp.memory import SHARED
-from embcomp.tables import EmbeddingTables, Knowledge, TableSpec
+from embcomp.specs import Knowledge, TableSpec
+from embcomp.tables import EmbeddingTables
 from embcomp.testing._cases import (
     Strategy,
     byte_range,

@@ -84,8 +84,8 @@ class TrainingConfig:
                 raise ConfigError(f"TrainingConfig({field}={value!r}): must be above 0")
         if self.float_epochs >= self.epochs:
             raise ConfigError(
-                f"TrainingConfig(float_epochs={self.float_epochs}): must be less than epochs={self.epochs}, so that what "
-                "is served is trained too"
+                f"TrainingConfig(float_epochs={self.float_epochs}): must be less than epochs={self.epochs}, "
+                "so that what is served is trained too"
             )
         if self.plateau_factor > 1:
             raise ConfigError(f"TrainingConfig(plateau_factor={self.plateau_factor!r}): must be at most 1")

@@ -34,7 +34,9 @@ def start_sweep(folder, *overrides):
     """Start a sweep in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.sweep", *SMALL, f"results_dir={folder}", "name=small", *overrides]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def results_in(folder):

@@ -1,6 +1,7 @@
 """Sweeps: what they write, and what they do when cells fail, processes die, folders are shared or read-only."""
 
 import json
+import signal
 import time
 from pathlib import Path
 
@@ -33,10 +34,14 @@ def notes_in(folder):
 def test_a_sweep_writes_whole_cells_and_reuses_them(tmp_path, capsys):
     sweep = ("-m", "strategy=full,hash,quantize", "budget=25%,1%", "without_budget=[full]")
     assert run_sweep(tmp_path, *sweep) == 0
-    assert "5 cells: 3 success, 2 infeasible" in capsys.readouterr().out
+    assert "5 cells: 4 success, 1 infeasible" in capsys.readouterr().out
     found = results_in(tmp_path)
     done = {(r.strategy, r.budget): r for r in found.values()}
-    assert set(done) == {("full", None), *(("hash", b) for b in ("25%", "1%")), *(("quantize", b) for b in ("25%", "1%"))}
+    assert set(done) == {
+        ("full", None),
+        *(("hash", b) for b in ("25%", "1%")),
+        *(("quantize", b) for b in ("25%", "1%")),
+    }
 
     hashed = done["hash", "25%"]
     sizes = hashed.sizes
@@ -67,8 +72,9 @@ def test_a_sweep_writes_whole_cells_and_reuses_them(tmp_path, capsys):
     assert run_sweep(tmp_path, *sweep) == 0
     assert "(5 from an earlier run)" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in found} == times
-    assert run_sweep(tmp_path, *sweep, "overwrite=true") == 0
-    assert all(path.stat().st_mtime_ns > before for path, before in times.items())
+    assert run_sweep(tmp_path, "-m", "strategy=hash", "budget=25%", "overwrite=true") == 0
+    renewed = {path for path, before in times.items() if path.stat().st_mtime_ns > before}
+    assert renewed == {path for path, result in found.items() if (result.strategy, result.budget) == ("hash", "25%")}
 
 
 def test_a_failing_cell_is_named_and_stops_nothing(tmp_path, capsys):
@@ -113,30 +119,31 @@ def test_an_interrupt_stops_the_sweep(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_goes_on_where_it_was(tmp_path):
-    sweep = ("-m", "strategy=hash,unified", "budget=50%,25%,10%", "seed=1,2")
+    sweep = ("-m", "strategy=hash,unified", "budget=50%,10%", "seed=1,2")
     process = start_sweep(tmp_path, *sweep)
     until = time.monotonic() + 120
-    while len(list((tmp_path / "small").glob("*.json"))) < 3 and time.monotonic() < until:
+    while len(list((tmp_path / "small").glob("*.json"))) < 3 and time.monotonic() < until and process.poll() is None:
         time.sleep(0.02)
     process.kill()
     process.communicate()
+    assert process.returncode == -signal.SIGKILL
     before = {path: path.stat().st_mtime_ns for path in results_in(tmp_path)}  # all whole
-    assert 3 <= len(before) < 12
+    assert 3 <= len(before) < 8
     assert run_sweep(tmp_path, *sweep) == 0
     after = results_in(tmp_path)
-    assert len(after) == 12
+    assert len(after) == 8
     assert all(path.stat().st_mtime_ns == time_ for path, time_ in before.items())
 
 
 @pytest.mark.slow
 def test_two_sweeps_share_the_cells_of_a_folder(tmp_path):
-    sweep = ("-m", "strategy=hash,unified", "budget=50%,25%,10%", "seed=1,2,3")
+    sweep = ("-m", "strategy=hash,unified", "budget=50%,25%,10%,5%")
     processes = [start_sweep(tmp_path, *sweep) for _ in range(2)]
     texts = [process.communicate(timeout=180) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], texts
-    assert [r.status for r in results_in(tmp_path).values()] == ["success"] * 18
+    assert [r.status for r in results_in(tmp_path).values()] == ["success"] * 8
     ran = [note["cell"] for note in notes_in(tmp_path) if not note["reused"] and note["status"] == "success"]
-    assert len(ran) == len(set(ran)) == 18
+    assert len(ran) == len(set(ran)) == 8
 
 
 def test_a_folder_that_cannot_be_written_to_ends_the_sweep_at_once(tmp_path, capsys):

@@ -23,13 +23,13 @@ def test_the_hull_is_the_lower_convex_hull():
             continue
         share = (cost - left[0]) / (right[0] - left[0])
         assert error >= left[1] + share * (right[1] - left[1]) - 1e-12
-    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(hull, hull[1:], strict=False)]
+    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(hull)]
     assert slopes == sorted(slopes)
     assert all(slope < 0 for slope in slopes)
 
 
 def test_the_greedy_choice_is_optimal_for_its_bytes():
-    """Buying hull steps by error per byte is exact at the budgets that it lands on: compare with all pairs of offers."""
+    """Buying hull steps by error per byte is exact at the budgets that it lands on: all pairs of offers say so."""
     config, specs = CompactConfig(max_share=1), SPECS[:2]
     planned = plan(specs, config, "8%")
     used = planned.report.serve_bytes

@@ -33,9 +33,8 @@ def test_ranks_bought_by_error_per_byte_are_the_best_for_their_bytes():
         rivals = [
             ranks
             for ranks in itertools.product(range(1, 6), range(1, 6))
-            if plan(
-                SPECS, LowRankConfig(ranks={"item": ranks[0], "shop": ranks[1], "gender": 5})
-            ).report.serve_bytes <= planned.report.serve_bytes
+            if plan(SPECS, LowRankConfig(ranks={"item": ranks[0], "shop": ranks[1], "gender": 5})).report.serve_bytes
+            <= planned.report.serve_bytes
         ]
         best = min(_error(ranks, weights) for ranks in rivals)
         assert _error(chosen, weights) <= best * 1.001

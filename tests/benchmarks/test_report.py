@@ -1,0 +1,203 @@
+"""Reports, from results made by hand: fronts, noise, damaged files, the page in a browser."""
+
+import math
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from benchmarks import bench
+from benchmarks.errors import ResultError
+from benchmarks.frames import cell_frame, choices, pareto_front, point_frame, read_results
+from benchmarks.report import main
+from tests.benchmarks.small import made_result, write_results
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+
+
+@pytest.fixture
+def results():
+    """Three seeds each: full .80; a at 10 % close to it within noise; b at 10 % below both; a at 1 %."""
+    made = []
+    for seed, noise in ((1, -0.001), (2, 0.0), (3, 0.001)):
+        made += [
+            made_result("full", None, seed, 0.800 + noise, 10_000),
+            made_result("a", "10%", seed, 0.7995 + noise, 1000),
+            made_result("b", "10%", seed, 0.750 + noise, 900),
+            made_result("a", "1%", seed, 0.740 + noise, 100),
+        ]
+    made.append(made_result("b", "1%", 1, None, None, "infeasible", minimum_bytes=400))
+    made.append(made_result("c<script>", "10%", 1, None, None, "failed"))
+    return made
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_the_front_is_that_of_brute_force(higher):
+    rng = np.random.default_rng(0)
+    for size in (0, 1, 2, 7, 40):
+        for _ in range(50):
+            cost, quality = rng.integers(1, 8, size).astype(float), rng.integers(0, 8, size).astype(float)
+            gain = quality if higher else -quality
+            beaten = [
+                any(
+                    c <= cost[i] and g >= gain[i] and (c < cost[i] or g > gain[i])
+                    for c, g in zip(cost, gain, strict=True)
+                )
+                for i in range(size)
+            ]
+            assert pareto_front(cost, quality, higher).tolist() == [not b for b in beaten]
+
+
+def test_points_are_means_over_seeds(results):
+    points = point_frame(cell_frame(results)).set_index(["label", "bytes"])
+    assert len(points) == 4
+    row = points.loc["a", 1000]
+    assert row.seeds == 3
+    assert row.test_auc == pytest.approx(0.7995)
+    assert row.test_auc_std == pytest.approx(0.001)
+    assert row.share == pytest.approx(0.1)
+    assert row.gap == pytest.approx(-0.0005)
+    assert points.on_front.to_dict() == {("full", 10_000): True, ("a", 1000): True, ("b", 900): True, ("a", 100): True}
+
+
+def test_one_seed_has_no_spread(results):
+    points = point_frame(cell_frame([r for r in results if r.seed == 1]))
+    assert points.test_auc_std.isna().all()
+    assert all(choice.as_good is None for choice in choices(points))
+
+
+def test_choices_are_the_best_that_fit_and_say_what_is_as_good(results):
+    for seed in (1, 2, 3):
+        results.append(made_result("d", "50%", seed, 0.7996 + 0.001 * (seed - 2), 5000))
+    found = {choice.budget: choice for choice in choices(point_frame(cell_frame(results)))}
+    assert list(found) == ["50%", "10%", "1%"]
+    assert found["50%"].best["label"] == "d"
+    assert found["50%"].as_good == [("a", 1000)]
+    assert found["10%"].best["label"] == "a"
+    assert found["10%"].as_good == []
+    assert found["1%"].best["bytes"] == 100
+
+
+def test_a_lower_metric_turns_the_front_around(results):
+    points = point_frame(cell_frame(results), "test_log_loss")
+    assert choices(points, "test_log_loss")[0].best["label"] == "a"
+    assert points.on_front.all()
+
+
+def test_series_that_share_a_label_are_told_apart(results):
+    results.append(made_result("a", "10%", 1, 0.79, 1000, options={"num_hashes": 2}))
+    labels = set(cell_frame(results).label)
+    assert {"a (strategy.num_hashes=None)", "a (strategy.num_hashes=2)", "b"} <= labels
+
+
+def test_cells_that_failed_to_load_stand_with_the_others(results):
+    lost = made_result("e", "10%", 1, None, None, "failed")
+    lost.dataset.clear()
+    assert cell_frame([*results, lost]).data_hash.unique().tolist() == ["abc"]
+
+
+def test_damaged_files_are_named_and_left_out(tmp_path, results, capsys):
+    write_results(tmp_path, results)
+    (tmp_path / "made" / "torn.json").write_text('{"schema_version": 1, "ce')
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "cell.json").write_text("{}")
+    found, skipped = read_results(tmp_path)
+    assert len(found) == len(results)
+    assert len(skipped) == 1
+    main([str(tmp_path)])
+    assert "torn.json" in capsys.readouterr().err
+    assert "torn.json" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("folder", ["empty", "missing", "torn"])
+def test_nothing_to_report_is_an_error(tmp_path, folder, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "a.json").write_text("{")
+    with pytest.raises(ResultError):
+        read_results(tmp_path / folder)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path / folder)])
+    assert stopped.value.code == 2
+    assert str(tmp_path / folder) in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_is_an_error(tmp_path, results, capsys):
+    write_results(tmp_path, results)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "-o", str(tmp_path / "file" / "report.html")])
+    assert "can't be written" in capsys.readouterr().err
+
+
+def test_the_page_escapes_what_it_shows_and_loads_nothing(tmp_path, results):
+    write_results(tmp_path, results)
+    main([str(tmp_path), "-o", str(tmp_path / "out.html")])
+    page = (tmp_path / "out.html").read_text()
+    assert "c<script>" not in page
+    assert "<b>it broke</b>" not in page
+    assert "&lt;b&gt;it broke&lt;/b&gt;" in page
+    own = page.replace(page[page.index("<script>") : page.index("</script>")], "", 1)  # without plotly.js itself
+    assert "src=" not in own
+    assert "http" not in own.replace("http://www.w3.org", "")
+    assert page.count("plotly.js v") <= 2
+
+
+def test_markdown_has_the_table(tmp_path, results, capsys):
+    write_results(tmp_path, results)
+    main([str(tmp_path), "--markdown", "-"])
+    text = capsys.readouterr().out
+    assert "| ★ | a | 10% | 1,000 | 10.00% | 0.7995 ± 0.0010 | -0.0005 | 0.2005 ± 0.0010 | 3 |" in text
+    assert "b at 1% (≥ 400 B)" in text
+    assert "Failed: synthetic-fm-c_script_" in text
+
+
+def test_groups_without_a_success_are_reported(tmp_path):
+    write_results(tmp_path, [made_result("a", "10%", 1, None, None, "failed")])
+    main([str(tmp_path)])
+    assert "No cell of this group was successful" in (tmp_path / "report.html").read_text()
+
+
+def test_undefined_quality_is_no_point():
+    undefined = made_result("a", "10%", 1, math.nan, 1000)
+    assert point_frame(cell_frame([undefined])).empty
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_page_works_in_a_browser(tmp_path, results):
+    write_results(tmp_path, results)
+    main([str(tmp_path)])
+    page = tmp_path / "report.html"
+    click = """<script>
+      const errors = []; window.addEventListener("error", (event) => errors.push(event.message));
+      window.addEventListener("load", () => {
+        const heads = document.querySelectorAll("table.sortable th");
+        heads[5].click(); heads[5].click();
+        document.title = errors.length ? errors.join() : "worst first: " +
+          document.querySelector("table.sortable tbody tr").cells[5].textContent.trim();
+      });</script>"""
+    page.write_text(page.read_text().replace("<style>", click + "<style>", 1))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", page.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "<title>worst first: 0.7400 ± 0.0010</title>" in shown.stdout
+    assert 'class="main-svg"' in shown.stdout  # the plot was drawn
+    assert "CONSOLE" not in shown.stderr
+
+
+@pytest.mark.slow
+def test_make_bench_prints_a_table_and_a_report_and_is_quick_the_second_time(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("EMBCOMP_CACHE", str(tmp_path / "cache"))
+    small = ("strategy=full,hash", "budget=25%", "seed=1", "data.rows=2000", "data.vocabulary_scale=0.02")
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stopped:
+            bench.main(["--results", str(tmp_path / "results"), *small])
+        assert stopped.value.code == 0
+        shown = capsys.readouterr()
+        assert "best within 25%: " in shown.out
+        assert f"report: {tmp_path / 'results' / 'embedded' / 'report.html'}" in shown.out
+    assert "(2 from an earlier run)" in shown.out
