@@ -30,7 +30,7 @@ def half_levels(bits: int) -> float:
 
 def step_of(span: Tensor, bits: int) -> Tensor:
     """Step of the centred grid of half width ``span``; the sign of a span means nothing."""
-    return round_step(span.abs().clamp_min(TINY) / 2 ** (bits - 1))
+    return round_step(span.to(torch.float32).abs().clamp_min(TINY) / 2 ** (bits - 1))
 
 
 def span_of(step: Tensor, bits: int) -> Tensor:

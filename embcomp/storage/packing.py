@@ -110,7 +110,7 @@ def _gather_shifted(packed: Tensor, rows: Tensor, dim: int, bits: int) -> Tensor
     index = first + torch.arange(count + 1, device=rows.device)
     # Bytes behind the stream are asked for only where none of their bits is used.
     index = torch.maximum(index.clamp_max(packed.numel() - 1), first)
-    found = packed.index_select(0, index.view(-1)).view(index.shape).to(torch.int32)
+    found = packed.index_select(0, index.reshape(-1)).view(index.shape).to(torch.int32)
     return (((found[..., 1:] << 8) | found[..., :-1]) >> (start & 7)).to(torch.uint8)
 
 

@@ -61,9 +61,9 @@ class QuantizedRows(RowStore):
             self.offset = nn.Parameter(torch.zeros(shape)) if row_format.offset else None
 
     def forward(self, rows: Tensor, segment: Segment = None) -> Tensor:
-        vectors = F.embedding(rows, self.weight, sparse=self.sparse)
+        vectors = F.embedding(rows, self.weight, sparse=self.sparse).to(torch.float32)
         if not self.rounding:
-            return vectors.to(torch.float32)
+            return vectors
         if self.span is None:
             return RowGrid.apply(vectors, self.bits)
         span = grids.pick(self.span, self.row_format, rows, segment, self.sparse)

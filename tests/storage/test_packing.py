@@ -1,5 +1,6 @@
 """Packed bit streams against one big Python integer."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -67,6 +68,24 @@ def test_rows_outside_raise(bits, dim, row):
     packed = packing.pack(random_codes(40, dim, bits), bits)
     with pytest.raises((IndexError, RuntimeError)):
         packing.gather(packed, torch.tensor([row]), dim, bits)
+
+
+@pytest.mark.parametrize("row_bytes", [1, 2, 3, 4, 8, 12, 16, 24, 32])
+@pytest.mark.parametrize("shift", [0, 1, 2, 4, 8])
+@pytest.mark.parametrize("offset_of_view", [True, False])
+def test_streams_may_begin_at_any_address(row_bytes, shift, offset_of_view):
+    """As in a memory-mapped file: 16-byte words at such an address would end the process."""
+    stream = random_codes(50, row_bytes, 8)
+    memory = np.zeros(50 * row_bytes + 32, dtype=np.uint8)
+    start = -memory.ctypes.data % 16 + shift
+    memory[start : start + stream.numel()] = stream.flatten()
+    if offset_of_view:
+        packed = torch.from_numpy(memory)[start : start + stream.numel()]
+    else:
+        packed = torch.from_numpy(memory[start : start + stream.numel()])
+    assert packed.data_ptr() % 16 == shift
+    rows = torch.randint(0, 50, (200,))
+    assert torch.equal(packing.gather(packed, rows, row_bytes, 8), stream[rows])
 
 
 @pytest.mark.parametrize("bits", packing.BITS)
