@@ -23,11 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser("python -m benchmarks.bench", description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("results"), help="where results go; default: results")
-    parser.add_argument("overrides", nargs="*", help="of the sweep, such as seed=1 hydra.launcher.n_jobs=8")
+    parser.add_argument("overrides", nargs="*", help="of the sweep, such as seed=1 budget=5%%,1%%")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each; default: 2")
     given = parser.parse_args(arguments)
     status = 0
     try:
-        sweep.main(["-m", f"experiment={EXPERIMENT}", f"results_dir={given.results}", *given.overrides])
+        launcher = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={given.jobs}", "hydra.launcher.batch_size=1"]
+        own = [f"experiment={EXPERIMENT}", f"results_dir={given.results}"]
+        sweep.main(["-m", *own, *launcher, *given.overrides])
     except SystemExit as stopped:
         status = stopped.code if isinstance(stopped.code, int) else 1
     folder = given.results / EXPERIMENT
@@ -40,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(error, file=sys.stderr)
         raise SystemExit(status or 1) from None
     print(f"{text_table(sections)}\n\nreport: {path.resolve()}")
-    raise SystemExit(status)
+    if status:
+        raise SystemExit(status)
 
 
 if __name__ == "__main__":

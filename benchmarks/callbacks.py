@@ -12,9 +12,10 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from benchmarks.finished import remember
 from benchmarks.overrides import number_of_jobs
 from benchmarks.progress import Note, Watcher, read_note
-from benchmarks.results import FAILED
+from benchmarks.results import FAILED, FINISHED
 from benchmarks.runner import ELSEWHERE
 
 
@@ -48,7 +49,11 @@ class SweepCallback(Callback):
         folders = sorted(
             (p for p in Path(config.hydra.sweep.dir).iterdir() if p.name.isdigit()), key=lambda p: int(p.name)
         )
-        _end([(f"job {folder.name}, see {folder}", read_note(folder)) for folder in folders])
+        jobs = [(f"job {folder.name}, see {folder}", read_note(folder)) for folder in folders]
+        cells = cells_of([note for _, note in jobs]).values()
+        if len(folders) == len([note for _, note in jobs if note]) and all(c.status in FINISHED for c in cells):
+            remember(sys.argv[1:], list(cells))
+        _end(jobs)
 
 
 def check_writable(folder: Path) -> None:
@@ -62,6 +67,15 @@ def check_writable(folder: Path) -> None:
         raise SystemExit(2) from None
 
 
+def cells_of(notes: Sequence[Note | None]) -> dict[str, Note]:
+    """The cells of a sweep. One without a budget comes once per budget: the note of the job that ran it counts."""
+    cells: dict[str, Note] = {}
+    for note in notes:
+        if note is not None and _rank(note) <= _rank(cells.get(note.cell, note)):
+            cells[note.cell] = note
+    return cells
+
+
 def summary(jobs: Sequence[tuple[str, Note | None]]) -> tuple[str, bool]:
     """Sum up jobs.
 
@@ -71,10 +85,7 @@ def summary(jobs: Sequence[tuple[str, Note | None]]) -> tuple[str, bool]:
     Returns:
         the text, and whether every cell is fine.
     """
-    cells: dict[str, Note] = {}
-    for _, note in jobs:  # a cell without a budget comes once per budget: the note of the job that ran it counts
-        if note is not None and _rank(note) <= _rank(cells.get(note.cell, note)):
-            cells[note.cell] = note
+    cells = cells_of([note for _, note in jobs])
     lost = [name for name, note in jobs if note is None]
     counts = Counter(note.status for note in cells.values())
     reused = sum(note.reused for note in cells.values())

@@ -29,10 +29,10 @@ def check_overrides(arguments: Sequence[str]) -> None:
     """
     for override in parse(arguments):
         key = override.key_or_group
-        if override.type == OverrideType.CHANGE and not _has_own_configs(arguments):
+        if override.type == OverrideType.CHANGE and not has_own_configs(arguments):
             _check_key(key)
         for value in _values(override):
-            if key in GROUPS and not _has_own_configs(arguments):
+            if key in GROUPS and not has_own_configs(arguments):
                 _check_choice(key, value)
             elif key == "budget":
                 _check_budget(value)
@@ -107,5 +107,6 @@ def _check_budget(value: Any) -> None:
         raise OverrideError(str(error)) from error
 
 
-def _has_own_configs(arguments: Sequence[str]) -> bool:
+def has_own_configs(arguments: Sequence[str]) -> bool:
+    """Whether the command line brings config files of its own, of which nothing is known here."""
     return any(a.split("=")[0] in (*_OWN_CONFIGS, "hydra.searchpath", "+hydra.searchpath") for a in arguments)

@@ -17,8 +17,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from benchmarks.callbacks import summary
 from benchmarks.cells import Cell
 from benchmarks.errors import OverrideError
+from benchmarks.finished import recall
 from benchmarks.overrides import check_overrides
 from benchmarks.progress import note_of, write_note
 from benchmarks.runner import run_or_reuse
@@ -51,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given.sort(
         key=lambda argument: argument not in ("-m", "--multirun")
     )  # Hydra takes it before or after all overrides
+    if given[:1] in (["-m"], ["--multirun"]) and (notes := recall(given)):
+        print(summary([(note.cell, note) for note in notes])[0])
+        return
     before, sys.argv = sys.argv, ["embcomp-bench", *given]
     try:
         run()

@@ -10,15 +10,20 @@ from torch import Tensor
 
 from embcomp.storage import grids
 
+FAR = 2
+"""How far beyond the grid, in half widths, values may still be pushed outwards."""
+
 
 class LearnedGrid(torch.autograd.Function):
     """Snap values to a centred grid; gradients by LSQ (arXiv 1902.08153), the offset's by LSQ+ (arXiv 2004.09576).
 
     With u = (w − offset) / step and v = step·level + offset, level = q − L in ``[−L, L]``, and a value *inside* where
-    |u| ≤ 2^(bits − 1), which is where rounding alone decides its code (LSQ has no end cells to speak of, but at 1 bit
-    they are the whole grid):
+    |u| ≤ 2^(bits − 1), which is where rounding alone decides its code (LSQ's own range ends at L, half a step earlier:
+    at many bits that is the same, at 1 bit it would leave out a third of Gaussian values):
 
-    - ∂v/∂w = 1 inside, 0 outside;
+    - ∂v/∂w = 1 inside, and up to twice that range; farther out, only gradients that lead back pass. LSQ's 0 outside
+      holds back rows that grow faster than the span, and never lets rare rows return; 1 everywhere lets values run away
+      until they can't change their code any more.
     - ∂v/∂step = level − u inside, level (that is ±L) outside;
     - ∂v/∂offset = 0 inside, 1 outside.
 
@@ -52,7 +57,8 @@ class LearnedGrid(torch.autograd.Function):
         grad_offset = None
         if offset is not None:
             grad_offset = (grad * outside).sum_to_size(offset.shape) / math.sqrt(ctx.values_per_step * half)
-        return grad.masked_fill(outside, 0.0), grad_span, grad_offset, None, None
+        leaving = (scaled.abs() > FAR * 2 ** (bits - 1)) & (grad * scaled < 0)
+        return grad.masked_fill(leaving, 0.0), grad_span, grad_offset, None, None
 
 
 class RowGrid(torch.autograd.Function):

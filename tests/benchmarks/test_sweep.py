@@ -69,9 +69,10 @@ def test_a_sweep_writes_whole_cells_and_reuses_them(tmp_path, capsys):
     assert done["full", None].sizes.served_bytes == done["full", None].sizes.float32_bytes
 
     times = {path: path.stat().st_mtime_ns for path in found}
-    assert run_sweep(tmp_path, *sweep) == 0
-    assert "(5 from an earlier run)" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in found} == times
+    for same in (sweep, (*sweep, "strategy=full,hash,quantize")):  # recognized at once, and cell by cell
+        assert run_sweep(tmp_path, *same) == 0
+        assert "5 cells: 4 success, 1 infeasible (5 from an earlier run)" in capsys.readouterr().out
+        assert {path: path.stat().st_mtime_ns for path in found} == times
     assert run_sweep(tmp_path, "-m", "strategy=hash", "budget=25%", "overwrite=true") == 0
     renewed = {path for path, before in times.items() if path.stat().st_mtime_ns > before}
     assert renewed == {path for path, result in found.items() if (result.strategy, result.budget) == ("hash", "25%")}
@@ -115,6 +116,17 @@ def test_an_interrupt_stops_the_sweep(tmp_path, monkeypatch, capsys):
     assert run_sweep(tmp_path, "-m", "strategy=hash", "budget=50%,25%") == 130
     assert results_in(tmp_path) == {}
     assert "goes on where it was" in capsys.readouterr().err
+
+
+def test_a_finished_sweep_is_not_taken_for_finished_when_a_result_is_gone(tmp_path, capsys):
+    sweep = ("-m", "strategy=hash", "budget=50%,25%")
+    assert run_sweep(tmp_path, *sweep) == 0
+    lost = next(iter(results_in(tmp_path)))
+    lost.unlink()
+    capsys.readouterr()
+    assert run_sweep(tmp_path, *sweep) == 0
+    assert "(1 from an earlier run)" in capsys.readouterr().out
+    assert lost.exists()
 
 
 @pytest.mark.slow
