@@ -13,6 +13,7 @@ from embcomp import format_bytes
 
 _COLORS = (
     *("#4269d0", "#e8871e", "#d6455d", "#3aa6a0", "#3f9b4f", "#c9a000", "#9b5fc0", "#c86bb0", "#8a6242", "#6f7a86"),
+    *("#00507d", "#86b300", "#a3004f", "#7d83f0", "#ff9d9a", "#2b2b2b"),
 )
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star", "hexagon", "pentagon")
 _FRONT = "#1c1f23"

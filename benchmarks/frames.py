@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,6 @@ import pandas as pd
 from benchmarks.cells import PLACES
 from benchmarks.errors import ResultError
 from benchmarks.results import METRICS, SUCCESS, CellResult, read_result
-
-logger = logging.getLogger(__name__)
 
 GROUP = ["experiment", "data", "model", "data_hash"]
 """Cells of one group answer one question, and share a table and a plot."""
@@ -46,7 +43,6 @@ def read_results(folder: Path) -> tuple[list[CellResult], list[str]]:
             results.append(read_result(path))
         except ResultError as error:
             skipped.append(str(error))
-            logger.warning("left out: %s", error)
     if not results:
         raise ResultError(
             f"no results in {folder} ({len(skipped)} files left out): run a sweep first, see embcomp-bench -h"

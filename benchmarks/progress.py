@@ -45,7 +45,9 @@ def note_of(cell: str, path: Path, outcome: Outcome) -> Note:
     """Say in one line what became of a cell."""
     if outcome.result is None:
         return Note(cell, str(path), ELSEWHERE, f"under way in {outcome.owner}")
-    return Note(cell, str(path), outcome.status, describe(outcome.result), outcome.reused)
+    result = outcome.result
+    label = f"({result.label}) " if result.label != result.strategy else ""
+    return Note(cell, str(path), outcome.status, label + describe(result), outcome.reused)
 
 
 def describe(result: CellResult) -> str:

@@ -71,7 +71,7 @@ def build_sections(results: Sequence[CellResult], metric: str = "test_auc") -> l
     for number, (names, group) in enumerate(groups_of(cells)):
         points = point_frame(group, metric)
         figure = Markup()
-        if len(points):
+        if len(points) > 1:
             plot = quality_plot(points, styles, metric)
             config = {"displaylogo": False, "responsive": True}
             figure = Markup(
