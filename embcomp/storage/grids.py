@@ -86,10 +86,7 @@ def quantize_row(values: Tensor, scale: Tensor, low: Tensor, bits: int) -> Tenso
 
 def dequantize_row(codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:
     """Values of codes on a row grid: any dtype ``(..., d)`` to float32 ``(..., d)``; float32 codes are overwritten."""
-    values = codes.to(torch.float32)
-    if torch.compiler.is_compiling():
-        return values * scale + low
-    return torch.addcmul(low, values, scale, out=values)
+    return codes.to(torch.float32).mul_(scale).add_(low)
 
 
 def pick(steps: Tensor, row_format: RowFormat, rows: Tensor, segment: Segment, sparse: bool = False) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 BITS = (8, 4, 3, 2, 1)
 _PACK_CHUNK = 1 << 20
 # The widest word that a row of so many bytes is made of: gathering words costs a fraction of gathering bytes.
-_WORDS = ((16, torch.complex128), (8, torch.int64), (4, torch.int32), (2, torch.int16))
+_WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16))
 
 
 def packed_bytes(num_rows: int, dim: int, bits: int) -> int:

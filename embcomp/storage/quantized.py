@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embcomp.errors import IncompatibleStateError
 from embcomp.storage import fitting, grids
 from embcomp.storage.base import RowStore, Segment
 from embcomp.storage.formats import RowFormat
+from embcomp.storage.gather import read_rows
 from embcomp.storage.lsq import LearnedGrid, RowGrid
 from embcomp.storage.packed import PackedRows, size_of_segments
 
@@ -61,7 +61,7 @@ class QuantizedRows(RowStore):
             self.offset = nn.Parameter(torch.zeros(shape)) if row_format.offset else None
 
     def forward(self, rows: Tensor, segment: Segment = None) -> Tensor:
-        vectors = F.embedding(rows, self.weight, sparse=self.sparse).to(torch.float32)
+        vectors = read_rows(self.weight, rows, self.sparse).to(torch.float32)
         if not self.rounding:
             return vectors
         if self.span is None:

@@ -223,14 +223,14 @@ def check_lookup_memory(strategy: Strategy) -> None:
     tables = planned(strategy, specs, share=1.0, unseen="zero").build()
     ids = torch.stack([torch.arange(64) * 3001, torch.arange(64) % 3], dim=1)
     for name, form in (("training", tables), ("serving", tables.finalize())):
-        largest = LargestTensor(form)
+        largest = LargestTensor()
         with largest, torch.no_grad():
             form(ids)
             form(ids[:, 0], "user")
         _require_small(largest, f"a lookup in {name} form")
     if supports_sparse(strategy):
         tables = planned(strategy, specs, share=1.0, unseen="zero", sparse=True).build()
-        with (largest := LargestTensor(tables)):
+        with (largest := LargestTensor()):
             tables(ids).sum().backward()
         _require_small(largest, "a step with sparse gradients")
 
@@ -240,29 +240,28 @@ def _require_small(largest: LargestTensor, what: str) -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the largest tensor that operations make, views of a module's own tensors aside.
-
-    Args:
-        tables: the module whose parameters and buffers do not count.
+    """Notes the largest tensor that operations make; views of what they are given take no memory and don't count.
 
     Attributes:
         size: bytes of the largest tensor.
         by: the operation that made it.
     """
 
-    def __init__(self, tables: torch.nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        own = (*tables.parameters(), *tables.buffers())
-        self._own = {tensor.untyped_storage().data_ptr() for tensor in own}
         self.size, self.by = 0, ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and look at what it made."""
         result = func(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        for tensor in (t._values() if t.is_sparse else t for t in tensors):
-            if tensor.layout == torch.strided:
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in self._own and storage.nbytes() > self.size:
-                    self.size, self.by = storage.nbytes(), str(func)
+        given = {storage.data_ptr() for storage in _storages((args, kwargs))}
+        for storage in _storages(result):
+            if storage.data_ptr() not in given and storage.nbytes() > self.size:
+                self.size, self.by = storage.nbytes(), str(func)
         return result
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    dense = [t._values() if t.is_sparse else t for t in tensors]
+    return [t.untyped_storage() for t in dense if t.layout == torch.strided]

@@ -52,11 +52,13 @@ def test_an_offset_helps_rows_that_are_not_centred(bits):
 @pytest.mark.parametrize("with_offset", [False, True])
 @pytest.mark.parametrize("bits", BITS)
 def test_units_are_fitted_one_by_one_and_degenerate_ones_too(bits, with_offset):
-    values = torch.randn(5, 40, generator=torch.Generator().manual_seed(3)) * torch.tensor([1, 1e-3, 0, 1e3, 1])[:, None]
+    sizes = torch.tensor([1, 1e-3, 0, 1e3, 1])
+    values = torch.randn(5, 40, generator=torch.Generator().manual_seed(3)) * sizes[:, None]
     values[4] = 0.25
     step, offset = fitting.fit_grid(values, bits, with_offset)
     assert step.shape == offset.shape == (5, 1)
-    assert (step > 0).all() and step.isfinite().all()
+    assert (step > 0).all()
+    assert step.isfinite().all()
     for unit in range(5):
         alone = fitting.fit_grid(values[unit : unit + 1], bits, with_offset)
         torch.testing.assert_close((step[unit], offset[unit]), (alone[0][0], alone[1][0]))
@@ -81,4 +83,5 @@ def test_fitted_row_grids_beat_those_from_minimum_to_maximum(bits):
         codes = grids.quantize_row(values, scale, low, bits)
         return (grids.dequantize_row(codes, scale, low) - values).square().mean()
 
-    assert error(*fitting.fit_row_grid(values, bits)) < error(*grids.row_grid(values, bits)) * (1.02 if bits == 8 else 0.99)
+    margin = 1.02 if bits == 8 else 0.99
+    assert error(*fitting.fit_row_grid(values, bits)) < margin * error(*grids.row_grid(values, bits))

@@ -78,7 +78,8 @@ def reference_row(store, row: int, segment: int) -> list[float]:
 def test_vectors_are_the_nearest_grid_values(row_format, dim):
     store = trained_store(row_format, dim)
     rows, segment = every_row()
-    expected = torch.tensor([reference_row(store, row, int(owner)) for row, owner in zip(rows.tolist(), segment)])
+    owners = zip(rows.tolist(), segment.tolist(), strict=True)
+    expected = torch.tensor([reference_row(store, row, owner) for row, owner in owners])
     found = store.finalize()(rows, segment)
     # A value half-way between two grid values may fall to either side: its distance is what must be right.
     exact = store.weight.double()
@@ -113,7 +114,8 @@ def test_bytes_are_those_of_the_state_dict(row_format, dim):
     store.reset_parameters([0.1] * 4)
     served = store.finalize()
     assert size == sum(tensor.nbytes for tensor in served.state_dict().values())
-    assert size == sum(store.serve_bytes()) and store.serve_bytes() == served.serve_bytes()
+    assert size == sum(store.serve_bytes())
+    assert store.serve_bytes() == served.serve_bytes()
     assert len(store.serve_bytes()) == len(SEGMENTS)
     assert not list(served.parameters())
     assert dict(served.named_buffers()).keys() == served.state_dict().keys()
@@ -158,7 +160,9 @@ def test_fused_kernels_and_plain_operations_agree_bit_for_bit(row_format):
     assert torch.equal(served._lookup_fused(rows), served._lookup_rows(rows))
 
 
-@pytest.mark.parametrize("row_format", ["int8:row", "int4:row", "int3:row", "int8:column", "int3:column", "int1:group5"])
+@pytest.mark.parametrize(
+    "row_format", ["int8:row", "int4:row", "int3:row", "int8:column", "int3:column", "int1:group5"]
+)
 @pytest.mark.parametrize("dim", [6, 16])
 def test_exported_forms_agree_bit_for_bit(row_format, dim):
     store = trained_store(row_format, dim, [9, 9]).eval()
