@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from embcomp.storage import grids
@@ -46,19 +47,17 @@ class LearnedGrid(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of values, span and offset, in their shapes."""
         values, span, offset = ctx.saved_tensors
-        bits, half = ctx.bits, grids.half_levels(ctx.bits)
+        bits, half, edge = ctx.bits, grids.half_levels(ctx.bits), 2.0 ** (ctx.bits - 1)
+        lsq = 1 / math.sqrt(ctx.values_per_step * half)
         scaled = (values if offset is None else values - offset) / grids.step_of(span, bits)
-        outside = scaled.abs() > 2 ** (bits - 1)
+        # Hardshrink keeps what lies outside and leaves zeros inside; masks of bools take ten times as long on CPU.
+        outside = F.hardshrink(scaled, edge)
         levels = (scaled + half).round_().clamp_(0, 2 * half).sub_(half)
-        slope = levels - scaled.masked_fill(outside, 0.0)
-        factor = 2 ** (bits - 1) / math.sqrt(ctx.values_per_step * half)
-        sign = torch.where(span < 0, -factor, factor)
-        grad_span = (grad * slope).sum_to_size(span.shape) * sign
-        grad_offset = None
-        if offset is not None:
-            grad_offset = (grad * outside).sum_to_size(offset.shape) / math.sqrt(ctx.values_per_step * half)
-        leaving = (scaled.abs() > FAR * 2 ** (bits - 1)) & (grad * scaled < 0)
-        return grad.masked_fill(leaving, 0.0), grad_span, grad_offset, None, None
+        slope = levels.sub_(scaled).add_(outside)
+        grad_span = (slope * grad).sum_to_size(span.shape) * torch.where(span < 0, -edge * lsq, edge * lsq)
+        grad_offset = None if offset is None else (outside.sign().abs_() * grad).sum_to_size(offset.shape) * lsq
+        leaving = F.hardshrink(scaled, FAR * edge).mul_(grad).sign_().clamp_max_(0)
+        return torch.addcmul(grad, grad, leaving), grad_span, grad_offset, None, None
 
 
 class RowGrid(torch.autograd.Function):

@@ -73,9 +73,9 @@ class PackedRows(RowStore):
         self.row_format, self.bits = row_format, row_format.bits
         by_row = row_format.granularity == "row"
         self.fused = by_row and self.bits in _KERNELS and dim * self.bits % 8 == 0
-        size = size_of_rows(self.num_rows, dim, row_format)
         if self.fused:
-            self.register_buffer("codes", torch.empty(self.num_rows, size // max(self.num_rows, 1), dtype=torch.uint8))
+            row_bytes = size_of_rows(1, dim, row_format)
+            self.register_buffer("codes", torch.empty(self.num_rows, row_bytes, dtype=torch.uint8))
             return
         self.register_buffer(
             "codes", torch.empty(packing.packed_bytes(self.num_rows, dim, self.bits), dtype=torch.uint8)
@@ -96,7 +96,7 @@ class PackedRows(RowStore):
             assert self.offset is not None
             scale, low = (table.view(-1)[rows].unsqueeze(-1) for table in (self.scale, self.offset))
             return grids.dequantize_row(codes, scale.to(torch.float32), low.to(torch.float32))
-        step = grids.pick(self.scale, self.row_format, rows, segment)
+        step = grids.pick(self.scale, self.row_format, rows, segment).to(torch.float32)
         offset = None if self.offset is None else grids.pick(self.offset, self.row_format, rows, segment)
         return grids.dequantize(codes, step, offset, self.bits)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 BITS = (8, 4, 3, 2, 1)
 _PACK_CHUNK = 1 << 20
-# The widest word that a row of so many bytes is made of: gathering words costs a fraction of gathering bytes.
-_WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16))
+# Rows are gathered as words: in as few as possible, and best as a single one.
+_WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
 
 
 def packed_bytes(num_rows: int, dim: int, bits: int) -> int:
@@ -66,7 +66,8 @@ def gather_bytes(packed: Tensor, rows: Tensor, row_bytes: int) -> Tensor:
         return packed.view(-1, row_bytes)[rows]
     # Words must lie at multiples of their width: the bytes of a loaded file need not, and unaligned words crash.
     place = row_bytes | int(packed.data_ptr()) | int(packed.storage_offset())
-    width, dtype = next(((w, t) for w, t in _WORDS if place % w == 0), (1, torch.uint8))
+    single = [(16, torch.complex128)] if row_bytes == 16 else []
+    width, dtype = next((width, dtype) for width, dtype in [*single, *_WORDS] if place % width == 0)
     words = packed.view(dtype)
     found = words if width == row_bytes else words.view(-1, row_bytes // width)
     return found.index_select(0, index).view(torch.uint8).view(*rows.shape, row_bytes)

@@ -136,6 +136,18 @@ def test_the_three_ways_to_name_segments_agree(row_format):
             assert torch.equal(form(rows[0, segment], segment), by_column[0, segment])
 
 
+@pytest.mark.parametrize("row_format", [*FORMATS, "int2:column:after", "int4:row:after", "int1:group5:after"])
+@pytest.mark.parametrize("segments", [[0], [0, 0], [1], [0, 1]])
+def test_no_rows_or_a_single_one(row_format, segments):
+    store = make_row_store(row_format, segments, 4)
+    store.reset_parameters([0.1] * len(segments))
+    store.fit_scales_()
+    served = store.finalize()
+    rows, segment = every_row(segments)
+    assert served(rows, segment).shape == store(rows, segment).shape == (sum(segments), 4)
+    assert sum(served.serve_bytes()) == sum(tensor.nbytes for tensor in served.state_dict().values())
+
+
 def test_a_single_segment_needs_no_name():
     for form in (store := trained_store("int2:column", 3, [9]), store.finalize()):
         rows = torch.randint(0, 9, (4, 2))
