@@ -12,6 +12,7 @@ from embcomp.storage.base import RowStore, Segment
 from embcomp.storage.formats import RowFormat
 from embcomp.storage.gather import one_per_bag
 
+_BLOCK_VALUES = 1 << 21
 _KERNELS = {
     8: torch.ops.quantized.embedding_bag_byte_rowwise_offsets,
     4: torch.ops.quantized.embedding_bag_4bit_rowwise_offsets,
@@ -87,18 +88,12 @@ class PackedRows(RowStore):
         self.register_buffer("offset", torch.empty(shape, dtype=dtype) if by_row or row_format.offset else None)
 
     def forward(self, rows: Tensor, segment: Segment = None) -> Tensor:
+        eager_on_cpu = self.codes.is_cpu and not torch.compiler.is_compiling()
         if self.fused:
-            if self.codes.is_cpu and not torch.compiler.is_compiling():
-                return self._lookup_fused(rows)
-            return self._lookup_rows(rows)
-        codes = packing.gather(self.codes, rows, self.dim, self.bits)
-        if self.row_format.granularity == "row":
-            assert self.offset is not None
-            scale, low = (table.view(-1)[rows].unsqueeze(-1) for table in (self.scale, self.offset))
-            return grids.dequantize_row(codes, scale.to(torch.float32), low.to(torch.float32))
-        step = grids.pick(self.scale, self.row_format, rows, segment).to(torch.float32)
-        offset = None if self.offset is None else grids.pick(self.offset, self.row_format, rows, segment)
-        return grids.dequantize(codes, step, offset, self.bits)
+            return self._lookup_fused(rows) if eager_on_cpu else self._lookup_rows(rows)
+        if eager_on_cpu and rows.numel() * self.dim > _BLOCK_VALUES:
+            return self._lookup_in_blocks(rows, segment)
+        return self._lookup_packed(rows, segment)
 
     def serve_bytes(self) -> list[int]:
         return size_of_segments(self.segments, self.dim, self.row_format)
@@ -127,6 +122,28 @@ class PackedRows(RowStore):
         self.codes[first : first + packed.numel()] = packed
         if scale is not None and low is not None and self.offset is not None:
             self.scale[start:stop], self.offset[start:stop] = scale.to(dtype), low.to(dtype)
+
+    def _lookup_packed(self, rows: Tensor, segment: Segment, out: Tensor | None = None) -> Tensor:
+        codes = packing.gather(self.codes, rows, self.dim, self.bits)
+        if self.row_format.granularity == "row":
+            assert self.offset is not None
+            scale, low = (table.view(-1)[rows].unsqueeze(-1) for table in (self.scale, self.offset))
+            return grids.dequantize_row(codes, scale.to(torch.float32), low.to(torch.float32), out)
+        step = grids.pick(self.scale, self.row_format, rows, segment).to(torch.float32)
+        offset = None if self.offset is None else grids.pick(self.offset, self.row_format, rows, segment)
+        return grids.dequantize(codes, step, offset, self.bits, out)
+
+    def _lookup_in_blocks(self, rows: Tensor, segment: Segment) -> Tensor:
+        """The same, in blocks that stay in the cache between one operation and the next."""
+        found = torch.empty(*rows.shape, self.dim, dtype=torch.float32, device=rows.device)
+        size = max(1, _BLOCK_VALUES * len(rows) // found.numel())
+        blocks = rows.split(size)
+        owners: Sequence[Segment] = [segment] * len(blocks)
+        if isinstance(segment, Tensor) and segment.dim() == rows.dim() and len(segment) == len(rows):
+            owners = segment.split(size)
+        for block, owner, out in zip(blocks, owners, found.split(size), strict=True):
+            self._lookup_packed(block, owner, out)
+        return found
 
     def _lookup_fused(self, rows: Tensor) -> Tensor:
         """Bags of one row each, by torch's fused kernel."""

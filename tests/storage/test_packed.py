@@ -136,6 +136,20 @@ def test_the_three_ways_to_name_segments_agree(row_format):
             assert torch.equal(form(rows[0, segment], segment), by_column[0, segment])
 
 
+@pytest.mark.parametrize("row_format", ["int8:column", "int3:row", "int2:table:offset", "int1:group5"])
+@pytest.mark.parametrize("size", [1, 30, 100])
+def test_lookups_in_blocks_agree_bit_for_bit(row_format, size, monkeypatch):
+    served = trained_store(row_format, 6, [5, 6, 7]).finalize()
+    rows = torch.stack([torch.randint(low, high, (8,)) for low, high in [(0, 5), (5, 11), (11, 18)]], 1)
+    segment = torch.arange(3)
+    calls = [(rows, None), (rows, segment), (rows, segment.expand(8, 3)), (rows[:, 1], 1), (rows.T, segment[:, None])]
+    calls += [(rows[:1], segment[None]), (rows.unsqueeze(0), segment), (rows[:, 2], segment[2:].expand(8))]
+    whole = [served(*call) for call in calls]
+    monkeypatch.setattr("embcomp.storage.packed._BLOCK_VALUES", size)
+    for call, expected in zip(calls, whole, strict=True):
+        assert torch.equal(served(*call), expected)
+
+
 @pytest.mark.parametrize("row_format", [*FORMATS, "int2:column:after", "int4:row:after", "int1:group5:after"])
 @pytest.mark.parametrize("segments", [[0], [0, 0], [1], [0, 1]])
 def test_no_rows_or_a_single_one(row_format, segments):
