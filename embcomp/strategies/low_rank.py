@@ -102,9 +102,9 @@ class LowRankTables(MixedTables):
 
 
 def spectrum(spec: TableSpec, known: Knowledge) -> Tensor:
-    """Squared singular values of a trained table, counts as weights, or the prior 1/j; falling, float64 ``(D,)``."""
+    """Squared singular values of a trained table, counts as weights, or the prior 1/j²; falling, float64 ``(D,)``."""
     if spec.name not in known.weights:
-        return 1.0 / torch.arange(1, spec.embedding_dim + 1, dtype=torch.float64)
+        return torch.arange(1, spec.embedding_dim + 1, dtype=torch.float64) ** -2
     key = ("spectrum", spec.name)
     if key not in known.derived:
         weight = known.weights[spec.name].float()

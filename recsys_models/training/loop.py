@@ -220,11 +220,13 @@ class _Run:
         progress.history.append(evaluation)
         if improved:
             progress.bad_evaluations = 0
-            if self.config.restore_best:
+            if self.config.restore_best or self.config.plateau_rewind:
                 self.best_weights = {name: checkpoint.to_cpu(t) for name, t in self.model.state_dict().items()}
         elif self._is_rounding():
             progress.bad_evaluations += 1
             self._lower_learning_rates()
+            if self.config.plateau_rewind and self.best_weights:
+                self.model.load_state_dict(self.best_weights)
         for callback in self.callbacks:
             callback.on_evaluation(self.model, evaluation)
         self._save()

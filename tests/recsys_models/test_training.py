@@ -189,6 +189,22 @@ def test_plateau_patience_and_the_best_weights(monkeypatch, monitor):
     assert result.validation == Metrics(0.8, pytest.approx(0.2), 200)
 
 
+def test_a_plateau_can_rewind_to_the_best_weights(monkeypatch):
+    data, after = tiny_log(), []
+
+    class Recorder(Callback):
+        def on_evaluation(self, model, evaluation):
+            after.append(state(model))
+
+    seen = scripted(monkeypatch, [0.6, 0.7, 0.65, 0.8, 0.75])
+    settings = config(epochs=5, patience=None, plateau_rewind=True, restore_best=False)
+    fit(seeded(data), data, settings, callbacks=[Recorder()])
+    for found, expected in zip(after, (0, 1, 1, 3, 3), strict=True):
+        assert_same(found, seen[expected])
+    with pytest.raises(AssertionError):
+        assert_same(seen[2], seen[1])
+
+
 def test_learning_rates_stop_at_the_minimum_and_the_last_weights_can_be_kept(monkeypatch):
     data = tiny_log()
     seen = scripted(monkeypatch, [0.6] * 9)
