@@ -206,11 +206,16 @@ def _row(result: CellResult) -> dict[str, Any]:
 
 
 def _told_apart(cells: pd.DataFrame, by_series: Mapping[str, CellResult]) -> pd.Series:
-    """Labels of cells, with the options that differ where series of one group share a label."""
+    """Labels of cells, with the options that differ where series of one group share a label.
+
+    A label that was given by hand, to other options at each budget, names one curve.
+    """
     labels = cells.label.copy()
     for _, same in cells.groupby(["experiment", "data", "model", "label"]):
         series = list(dict.fromkeys(same.series))
-        if len(series) > 1:
+        by_hand = all(by_series[key].config.get("label") for key in series)
+        shared = same.drop_duplicates(["series", "budget"]).duplicated("budget").any()
+        if len(series) > 1 and (shared or not by_hand):
             flat = {key: dict(_flat(by_series[key].config)) for key in series}
             names = sorted({name for values in flat.values() for name in values})
             differing = [n for n in names if len({repr(values.get(n)) for values in flat.values()}) > 1]

@@ -1,5 +1,6 @@
 """Reports, from results made by hand: fronts, noise, damaged files, the page in a browser."""
 
+import dataclasses
 import math
 import shutil
 import subprocess
@@ -91,6 +92,16 @@ def test_series_that_share_a_label_are_told_apart(results):
     results.append(made_result("a", "10%", 1, 0.79, 1000, options={"num_hashes": 2}))
     labels = set(cell_frame(results).label)
     assert {"a (strategy.num_hashes=None)", "a (strategy.num_hashes=2)", "b"} <= labels
+
+
+def test_a_label_given_by_hand_makes_one_curve_of_other_options_at_each_budget(results):
+    def split(budget, size):
+        made = made_result("hash", budget, 1, 0.7, 1000 * size, options={"num_rows": size})
+        return dataclasses.replace(made, label="split", config={**made.config, "label": "split"})
+
+    results += [split("50%", 4), split("5%", 2)]
+    assert (cell_frame(results).label == "split").sum() == 2
+    assert cell_frame([*results, split("5%", 9)]).label.str.startswith("split (").sum() == 3
 
 
 def test_cells_that_failed_to_load_stand_with_the_others(results):
