@@ -17,6 +17,8 @@ from embcomp.memory import MemoryReport
 from embcomp.specs import TableSpec
 from embcomp.tables import EmbeddingTables
 
+NOWHERE = torch.iinfo(torch.int64).max
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -49,8 +51,12 @@ class MixedTables(EmbeddingTables):
     """
 
     parts: Sequence[EmbeddingTables]
-    _piece_tables: Tensor
+    _columns: Tensor
     _order: Tensor
+    _bounds: Tensor
+    _part_of: Tensor
+    _local_of: Tensor
+    _start_of: Tensor
 
     def __init__(
         self, specs: Sequence[TableSpec], config: StrategyConfig, counts: Mapping[str, Tensor] | None = None
@@ -62,33 +68,48 @@ class MixedTables(EmbeddingTables):
         by_part = [[p for p in pieces if p.kind == kind] for kind in dict.fromkeys(piece.kind for piece in pieces)]
         self.parts = nn.ModuleList(self._build(own) for own in by_part)  # type: ignore[assignment]
         self._by_part = [[(p.table, p.start, p.stop) for p in own] for own in by_part]
-        whole = [[p.stop - p.start == self.num_ids[p.table] for p in own] for own in by_part]
-        self._is_cut = [not all(flags) for flags in whole]
-        owners = [p.table for own in by_part for p in own]
-        self._owners = owners
-        self.constant("_piece_tables", owners)
+        self._is_cut = len(pieces) > self.num_tables
+        owners = [table for own in self._by_part for table, _, _ in own]
+        self._in_order = owners == sorted(owners)
+        self.constant("_columns", range(self.num_tables))
         self.constant("_order", sorted(range(len(owners)), key=owners.__getitem__))
-        for index, own in enumerate(by_part):
-            self.constant(f"_columns_{index}", [p.table for p in own])
-            self.constant(f"_starts_{index}", [p.start for p in own])
-            self.constant(f"_stops_{index}", [p.stop for p in own])
-            local = {p.table: number for number, p in enumerate(own)}
-            self.constant(f"_local_{index}", [local.get(table, -1) for table in range(self.num_tables)])
+        for index, own in enumerate(self._by_part):
+            self.constant(f"_own_{index}", [table for table, _, _ in own])
+        self._keep_places(pieces)
+
+    def _keep_places(self, pieces: Sequence[Piece]) -> None:
+        """Constants ``(T, most pieces of a table)``: where pieces stop, and part, number within it and first id."""
+        by_table = [[piece for piece in pieces if piece.table == table] for table in range(self.num_tables)]
+        most = max(map(len, by_table))
+        place = {own: (index, n) for index, part in enumerate(self._by_part) for n, own in enumerate(part)}
+        rows: dict[str, list[list[int]]] = {"_bounds": [], "_part_of": [], "_local_of": [], "_start_of": []}
+        for own in by_table:
+            spare = [0] * (most - len(own))
+            found = [place[p.table, p.start, p.stop] for p in own]
+            rows["_bounds"].append([*(p.stop for p in own[:-1]), *(NOWHERE for _ in range(most - len(own) + 1))])
+            rows["_part_of"].append([part for part, _ in found] + spare)
+            rows["_local_of"].append([local for _, local in found] + spare)
+            rows["_start_of"].append([p.start for p in own] + spare)
+        for name, values in rows.items():
+            self.constant(name, torch.tensor(values, dtype=torch.int64, device="cpu"))
 
     def pieces(self) -> list[Piece]:
         """Cut the tables, by the config alone; every id in exactly one piece, at most one piece of a kind per table."""
         raise NotImplementedError
 
     def lookup(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
-        if table is None:
-            return self._lookup_columns(ids)
         if isinstance(table, int):
             found = [(i, own) for i, own in enumerate(self._by_part) if any(t == table for t, _, _ in own)]
             if len(found) == 1:
                 index, own = found[0]
                 return self.parts[index].lookup(ids, next(n for n, (t, _, _) in enumerate(own) if t == table))
             table = torch.full((1,) * min(ids.dim(), 1), table, device=ids.device)
-        return self._lookup_anywhere(ids, table)
+        if table is None and not self._is_cut:
+            return self._lookup_columns(ids)
+        part, local, start = self._places(ids, self._columns if table is None else table)
+        if _is_eager(ids):
+            return self._lookup_chosen(ids - start, part, local)
+        return self._lookup_masked(ids - start, part, local, by_column=table is None)
 
     def reset_parameters(self) -> None:
         for part in self.parts:
@@ -110,40 +131,52 @@ class MixedTables(EmbeddingTables):
             specs.append(TableSpec(name, rows, spec.embedding_dim, None, spec.init_std))
         return own[0].tables_class(specs, replace(own[0].config, unseen="error"))
 
-    def _lookup_columns(self, ids: Tensor) -> Tensor:
-        found = []
-        for index, part in enumerate(self.parts):
-            columns = getattr(self, f"_columns_{index}")
-            own = ids if len(self.parts) == 1 else ids.index_select(-1, columns)
-            found.append(self._lookup_cut(index, part, own, None) if self._is_cut[index] else part.lookup(own, None))
-        if len(found) == 1 and self._owners == sorted(self._owners):
-            return found[0]
-        vectors = torch.cat(found, dim=-2)
-        if len(self._owners) == self.num_tables:
-            return vectors.index_select(-2, self._order)
-        out = vectors.new_zeros(*ids.shape, self.embedding_dim)
-        return out.index_add(-2, self._piece_tables, vectors)
+    def _places(self, ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The part that each id lies in, the number of its piece there, and the piece's first id: int64 ``(...)``."""
+        piece = (ids.unsqueeze(-1) >= self._bounds[table]).sum(-1)
+        return self._part_of[table, piece], self._local_of[table, piece], self._start_of[table, piece]
 
-    def _lookup_anywhere(self, ids: Tensor, table: Tensor) -> Tensor:
-        out = None
-        for index, part in enumerate(self.parts):
-            local = getattr(self, f"_local_{index}")[table]
-            vectors = self._lookup_cut(index, part, ids, local)
-            out = vectors if out is None else out + vectors
-        assert out is not None
+    def _lookup_columns(self, ids: Tensor) -> Tensor:
+        """One column per table, none of which is cut."""
+        if len(self.parts) == 1:
+            return self.parts[0].lookup(ids, None)
+        own = [ids.index_select(-1, tables) for tables in self._own()]
+        vectors = torch.cat([part.lookup(rows, None) for part, rows in zip(self.parts, own, strict=True)], dim=-2)
+        return vectors if self._in_order else vectors.index_select(-2, self._order)
+
+    def _lookup_chosen(self, ids: Tensor, part: Tensor, local: Tensor) -> Tensor:
+        """Look every id up in its own part alone."""
+        flat, owner, local = ids.reshape(-1), part.reshape(-1), local.reshape(-1)
+        places: list[Tensor] = []
+        found: list[Tensor] = []
+        for index, module in enumerate(self.parts):
+            place = (owner == index).nonzero().squeeze(1)
+            # Without gradients what nobody asked for is left out; with them, every part gets one, if zero.
+            if len(place) or torch.is_grad_enabled() or not found:
+                places.append(place)
+                table = local.index_select(0, place) if module.num_tables > 1 else 0
+                found.append(module.lookup(flat.index_select(0, place), table))
+        order = torch.cat(places)
+        back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=ids.device))
+        return torch.cat(found).index_select(0, back).view(*ids.shape, self.embedding_dim)
+
+    def _lookup_masked(self, ids: Tensor, part: Tensor, local: Tensor, by_column: bool) -> Tensor:
+        """The same in shapes that don't depend on ids: every part is asked for all, and gives zeros for others' ids."""
+        out = torch.zeros(*ids.shape, self.embedding_dim, device=ids.device)
+        for index, (module, own) in enumerate(zip(self.parts, self._own(), strict=True)):
+            if by_column:
+                elsewhere = part.index_select(-1, own) != index
+                rows, table = ids.index_select(-1, own), None
+            else:
+                elsewhere = part != index
+                rows, table = ids, 0 if module.num_tables == 1 else local.masked_fill(elsewhere, 0)
+            vectors = module.lookup(rows.masked_fill(elsewhere, 0), table).masked_fill(elsewhere.unsqueeze(-1), 0.0)
+            out = out.index_add(-2, own, vectors) if by_column else out + vectors
         return out
 
-    def _lookup_cut(self, index: int, part: EmbeddingTables, ids: Tensor, local: Tensor | None) -> Tensor:
-        """Look ids up in one part; zeros for ids that lie in other pieces."""
-        starts, stops = getattr(self, f"_starts_{index}"), getattr(self, f"_stops_{index}")
-        if local is not None:
-            elsewhere, local = local < 0, local.clamp_min(0)
-            starts, stops = starts[local], stops[local]
-        outside = (ids < starts) | (ids >= stops)
-        if local is not None:
-            outside = outside | elsewhere
-        vectors = part.lookup((ids - starts).masked_fill(outside, 0), local)
-        return vectors.masked_fill(outside.unsqueeze(-1), 0.0)
+    def _own(self) -> list[Tensor]:
+        """Tables of each part, int64."""
+        return [getattr(self, f"_own_{index}") for index in range(len(self.parts))]
 
     def penalty(self) -> Tensor:
         total = super().penalty()
@@ -162,3 +195,8 @@ class MixedTables(EmbeddingTables):
                     part = replace(part, table=self.names[table], name=f"{part.name}[{start}:{stop}]")
                 parts.append(part)
         return MemoryReport(tuple(parts), sum(spec.full_bytes for spec in self.specs))
+
+
+def _is_eager(ids: Tensor) -> bool:
+    """Whether shapes may depend on values: not while a compiler or an exporter looks."""
+    return not (ids.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing() or type(ids) is not Tensor)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from embcomp.storage.base import RowStore, Segment
 from embcomp.storage.gather import read_rows
+from embcomp.storage.grids import round_through
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -43,7 +44,8 @@ class DenseRows(RowStore):
     def forward(self, rows: Tensor, segment: Segment = None) -> Tensor:
         vectors = read_rows(self.weight, rows, self.sparse)
         if self.rounding and self.weight.dtype != self.serve_dtype:
-            vectors = vectors + (vectors.detach().to(self.serve_dtype).to(vectors.dtype) - vectors.detach())
+            plain = vectors.detach()
+            vectors = vectors + (round_through(plain, self.serve_dtype).to(vectors.dtype) - plain)
         return vectors.to(torch.float32)
 
     def serve_bytes(self) -> list[int]:

@@ -43,6 +43,11 @@ def round_step(step: Tensor) -> Tensor:
     return ((step.view(torch.int32) + 128) & -256).view(torch.float32)
 
 
+def round_through(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float32 to a 16-bit dtype and back; looking at the bits keeps Inductor from dropping the round trip."""
+    return (values.to(dtype).view(torch.int16) | 0).view(dtype).to(torch.float32)
+
+
 def quantize(values: Tensor, step: Tensor, offset: Tensor | None, bits: int) -> Tensor:
     """Codes on a centred grid, as whole numbers in float32 ``(..., d)``."""
     centred = values if offset is None else values - offset
@@ -75,7 +80,7 @@ def stored_row_grid(scale: Tensor, low: Tensor, bits: int) -> tuple[Tensor, Tens
 
     A scale of zero, where all values of a row are equal, becomes one.
     """
-    scale = round_step(scale) if bits == 8 else _round_half(scale)
+    scale = round_step(scale) if bits == 8 else round_through(scale, torch.float16)
     return torch.where(scale == 0, 1.0, scale), _round_low(low, bits)
 
 
@@ -108,9 +113,4 @@ def num_units(row_format: RowFormat, num_rows: int, num_segments: int) -> int:
 
 
 def _round_low(low: Tensor, bits: int) -> Tensor:
-    return low if bits == 8 else _round_half(low)
-
-
-def _round_half(values: Tensor) -> Tensor:
-    """Round float32 through float16; looking at the bits keeps Inductor from dropping the round trip of casts."""
-    return (values.to(torch.float16).view(torch.int16) | 0).view(torch.float16).to(torch.float32)
+    return low if bits == 8 else round_through(low, torch.float16)

@@ -189,7 +189,7 @@ class QuantizedRows(RowStore):
         if self.row_format.granularity == "group" or (isinstance(segment, Tensor) and len(self.segments) > 1):
             # The row's own values are added, where a maximum would do, because a sum needs no guard when traced.
             return vectors.numel() / max(self.span.numel(), 1) + self.dim // self.span.shape[1]
-        return vectors.numel() / span.numel()
+        return vectors.numel() / span.numel() + 1e-12  # above zero for no vectors, again without a guard
 
     def _check_finite(self, values: Tensor, start: int, rows: int, what: str = "values") -> Tensor:
         if not bool(values.isfinite().all()):
