@@ -17,7 +17,7 @@ from embcomp.memory import MemoryReport
 from embcomp.specs import TableSpec
 from embcomp.tables import EmbeddingTables
 
-NOWHERE = torch.iinfo(torch.int64).max
+_NOWHERE = torch.iinfo(torch.int64).max
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class MixedTables(EmbeddingTables):
         for own in by_table:
             spare = [0] * (most - len(own))
             found = [place[p.table, p.start, p.stop] for p in own]
-            rows["_bounds"].append([*(p.stop for p in own[:-1]), *(NOWHERE for _ in range(most - len(own) + 1))])
+            rows["_bounds"].append([*(p.stop for p in own[:-1]), *(_NOWHERE for _ in range(most - len(own) + 1))])
             rows["_part_of"].append([part for part, _ in found] + spare)
             rows["_local_of"].append([local for _, local in found] + spare)
             rows["_start_of"].append([p.start for p in own] + spare)
@@ -198,5 +198,7 @@ class MixedTables(EmbeddingTables):
 
 
 def _is_eager(ids: Tensor) -> bool:
-    """Whether shapes may depend on values: not while a compiler or an exporter looks."""
-    return not (ids.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing() or type(ids) is not Tensor)
+    """Whether shapes may depend on values: not while a compiler, an exporter or a CUDA graph looks."""
+    if ids.is_meta or type(ids) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return not (ids.is_cuda and torch.cuda.is_current_stream_capturing())

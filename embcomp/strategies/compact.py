@@ -46,7 +46,8 @@ class CompactConfig(StrategyConfig):
         projection: ``"none"``: zeros behind the narrow rows; ``"linear"``: a ``(d, D)`` matrix per table.
         granularity: what shares a scale: ``"column"``, ``"table"``, ``"row"`` or ``"group<N>"``.
         aware: quantization-aware training; False rounds trained rows at the end.
-        tiers: most frequency tiers a table is cut into where counts are known and its ids are ordered by them.
+        tiers: most frequency tiers a table is cut into, where counts are given; ids must be numbered by falling
+            frequency for that to help, and a table whose ids are not becomes one tier.
         reliability: an id seen c times is worth ``c²/(c + reliability)``: rare ids can't be learned exactly anyway.
         max_share: most ids that may share a row by hashing.
         layout: table name -> tiers as ``"stop<dimxbits/share"``, joined by spaces; None to let the budget choose.
@@ -83,9 +84,10 @@ class CompactTables(MixedTables):
     """A smaller dimension, fewer bits, and shared rows only where nothing else is left, per table and frequency tier.
 
     Our own method. Every tier of every table is offered all of dimension × bits × sharing; an offer's error is the
-    energy of the dimensions that are dropped plus the quantization noise of those that are kept (a rate–distortion
-    model: the spectrum is measured on trained tables, and falls like 1/j from scratch), or what an average over shared
-    rows loses. The budget then buys the steps along each tier's lower convex hull that remove the most error per byte.
+    energy of the dimensions that are dropped plus the quantization noise of those that are kept, or what an average
+    over shared rows loses (a rate–distortion model). Dimensions' energies are measured where trained tables are given;
+    from scratch they are taken to fall like 1/j², as those of trained tables do. The budget then buys the steps along
+    each tier's lower convex hull that remove the most error per byte.
     """
 
     knob = "steps of dimension, bits and sharing"
@@ -192,17 +194,19 @@ def _tiers(spec: TableSpec, config: CompactConfig, known: Knowledge) -> list[tup
     """Cut a table by frequency: (first id, stop, worth), worths being shares of the table's traffic."""
     counts = known.counts.get(spec.name)
     whole = [(0, spec.num_embeddings, 1.0)]
-    if counts is None or config.tiers == 1 or bool((counts[1:] > counts[:-1]).any()):
+    if counts is None or config.tiers == 1:
         return whole
     counts = counts.double()
     worth = counts * counts / (counts + config.reliability).clamp_min(1e-9)
     total = worth.cumsum(0)
     if total[-1] <= 0:
         return whole
+    # The largest count from each id on: it falls, whatever the order, and an id out of order only joins a better tier.
+    level = counts.flip(0).cummax(0).values.flip(0)
     # Equal steps in log frequency: a tier's rows differ by the same factor in what another bit is worth.
-    top, bottom = float(counts[0]), max(float(counts[counts > 0][-1]), 1.0)
+    top, bottom = float(level[0]), max(float(level[level > 0][-1]), 1.0)
     cuts = [top * (bottom / top) ** (i / config.tiers) for i in range(1, config.tiers)]
-    stops = [*sorted({int((counts >= cut).sum()) for cut in cuts} - {0, len(counts)}), len(counts)]
+    stops = [*sorted({int((level >= cut).sum()) for cut in cuts} - {0, len(counts)}), len(counts)]
     first, tiers = 0, []
     for stop in stops:
         tiers.append((first, stop, float(worth[first:stop].sum() / total[-1])))

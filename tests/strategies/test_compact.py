@@ -74,6 +74,15 @@ def test_ids_that_are_not_ordered_by_frequency_make_one_tier():
     assert len(parse_layout("item", planned.config.layout["item"])) == 1
 
 
+def test_a_padding_id_in_front_does_not_hide_the_order_of_the_others():
+    counts = 30_000 // torch.arange(1, 3001)
+    ordered = plan(SPECS[:1], CompactConfig(), "4%", counts={"item": counts})
+    padded = plan(SPECS[:1], CompactConfig(), "4%", counts={"item": torch.cat([torch.zeros(1).long(), counts[:-1]])})
+    stops = [[tier.stop for tier in parse_layout("item", p.config.layout["item"])] for p in (ordered, padded)]
+    assert len(stops[0]) > 2
+    assert stops[1] == [stop + 1 for stop in stops[0][:-1]] + [3000]
+
+
 def test_a_tier_is_looked_up_in_its_own_rows():
     config = CompactConfig(layout={"item": "10<8x32 3000<2x32", "shop": "700<8x32"})
     tables = build_tables(SPECS[:2], config)
