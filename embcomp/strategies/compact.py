@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from torch import Tensor
+
 from embcomp.config import StrategyConfig, check_at_least, check_choice, register_strategy
 from embcomp.errors import ConfigError
 from embcomp.mixed import MixedTables, Piece
@@ -193,25 +195,22 @@ def _purchases(
 def _tiers(spec: TableSpec, config: CompactConfig, known: Knowledge) -> list[tuple[int, int, float]]:
     """Cut a table by frequency: (first id, stop, worth), worths being shares of the table's traffic."""
     counts = known.counts.get(spec.name)
-    whole = [(0, spec.num_embeddings, 1.0)]
-    if counts is None or config.tiers == 1:
-        return whole
-    counts = counts.double()
-    worth = counts * counts / (counts + config.reliability).clamp_min(1e-9)
-    total = worth.cumsum(0)
-    if total[-1] <= 0:
-        return whole
+    if counts is None or config.tiers == 1 or not bool((counts > 0).any()):
+        return [(0, spec.num_embeddings, 1.0)]
     # The largest count from each id on: it falls, whatever the order, and an id out of order only joins a better tier.
     level = counts.flip(0).cummax(0).values.flip(0)
     # Equal steps in log frequency: a tier's rows differ by the same factor in what another bit is worth.
     top, bottom = float(level[0]), max(float(level[level > 0][-1]), 1.0)
     cuts = [top * (bottom / top) ** (i / config.tiers) for i in range(1, config.tiers)]
     stops = [*sorted({int((level >= cut).sum()) for cut in cuts} - {0, len(counts)}), len(counts)]
-    first, tiers = 0, []
-    for stop in stops:
-        tiers.append((first, stop, float(worth[first:stop].sum() / total[-1])))
-        first = stop
-    return tiers
+    tiers = [*itertools.pairwise([0, *stops])]
+    worths = [_worth(counts[first:stop].double(), config.reliability) for first, stop in tiers]
+    return [(first, stop, worth / sum(worths)) for (first, stop), worth in zip(tiers, worths, strict=True)]
+
+
+def _worth(counts: Tensor, reliability: float) -> float:
+    """Traffic of ids, that of rare ones discounted."""
+    return float((counts * counts / (counts + reliability).clamp_min(1e-9)).sum())
 
 
 def _offers(
