@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from benchmarks.results import METRICS
+from benchmarks.sections import Section
 from embcomp import format_bytes
-
-if TYPE_CHECKING:
-    from benchmarks.report import Section
 
 
 def markdown_report(sections: Sequence[Section], metric: str = "test_auc") -> str:

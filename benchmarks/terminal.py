@@ -12,7 +12,7 @@ from benchmarks.results import METRICS
 from embcomp import format_bytes
 
 if TYPE_CHECKING:
-    from benchmarks.report import Section
+    from benchmarks.sections import Section
 
 
 def text_table(sections: Sequence[Section], metric: str = "test_auc") -> str:

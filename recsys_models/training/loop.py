@@ -24,7 +24,8 @@ from recsys_models.metrics import Metrics, evaluate
 from recsys_models.training import checkpoint
 from recsys_models.training.checks import check_data, device_named
 from recsys_models.training.config import TrainingConfig
-from recsys_models.training.optimizers import clip_gradients, make_optimizers
+from recsys_models.training.groups import make_optimizers
+from recsys_models.training.optimizers import clip_gradients
 from recsys_models.training.result import Callback, Evaluation, TrainingResult
 
 logger = logging.getLogger(__name__)

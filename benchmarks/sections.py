@@ -1,0 +1,90 @@
+"""What a report says about each group of cells, before it becomes a page or Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from markupsafe import Markup
+
+from benchmarks.figures import quality_plot, styles_of
+from benchmarks.frames import Choice, cell_frame, choices, groups_of, point_frame
+from benchmarks.overrides import options_of
+from benchmarks.results import FAILED, INFEASIBLE, CellResult
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a report says about one group of cells.
+
+    Attributes:
+        title: data set, model and experiment.
+        anchor: for links.
+        names: of the group, see `benchmarks.frames.GROUP`.
+        cells: one row per cell.
+        points: one row per series and budget.
+        choices: the best point of every budget.
+        command: that runs all of it again.
+        rows: sizes of the data set, for people.
+        figure: the plot as HTML; empty where there is nothing to plot.
+    """
+
+    title: str
+    anchor: str
+    names: dict[str, str]
+    cells: pd.DataFrame
+    points: pd.DataFrame
+    choices: list[Choice]
+    command: str
+    rows: str
+    figure: Markup
+
+    @property
+    def failed(self) -> pd.DataFrame:
+        """Cells that failed."""
+        return self.cells[self.cells.status == FAILED]
+
+    @property
+    def infeasible(self) -> pd.DataFrame:
+        """Series and budgets below the strategy's minimum, with the largest minimum of their seeds."""
+        cells = self.cells[self.cells.status == INFEASIBLE]
+        return cells.sort_values("minimum_bytes").drop_duplicates(["series", "budget"], keep="last")
+
+
+def build_sections(results: Sequence[CellResult], metric: str = "test_auc") -> list[Section]:
+    """Group results by experiment, data set and model, and work out what to say about each."""
+    cells = cell_frame(results)
+    styles = styles_of(list(cells.label))
+    sections = []
+    for number, (names, group) in enumerate(groups_of(cells)):
+        points = point_frame(group, metric)
+        figure = Markup()
+        if len(points) > 1:
+            plot = quality_plot(points, styles, metric)
+            config = {"displaylogo": False, "responsive": True}
+            figure = Markup(
+                plot.to_html(full_html=False, include_plotlyjs=False, div_id=f"plot{number}", config=config)
+            )
+        chosen = choices(points, metric) if len(points) else []
+        sizes = next((r.dataset for r in results if r.dataset.get("content_hash") == names["data_hash"]), {})
+        title = f"{names['data']}, {names['model']}"
+        sections.append(
+            Section(title, f"group{number}", names, group, points, chosen, _command(names), _sizes(sizes), figure)
+        )
+    return sections
+
+
+def _command(names: dict[str, str]) -> str:
+    if names["experiment"] in options_of("experiment"):
+        return f"embcomp-bench -m experiment={names['experiment']}"
+    return ""
+
+
+def _sizes(dataset: dict[str, Any]) -> str:
+    if not dataset:
+        return "the data set could not be loaded"
+    rows = " / ".join(f"{dataset[f'{split}_rows']:,}" for split in ("train", "validation", "test"))
+    dense = f", {dataset['num_dense']} dense features" if dataset["num_dense"] else ""
+    return f"{rows} rows to train / validate / test, {dataset['num_fields']} fields{dense}, {dataset['num_ids']:,} ids"
