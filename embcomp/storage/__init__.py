@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-import torch
-
 from embcomp.storage.base import RowStore, Segment
 from embcomp.storage.dense import DTYPES, DenseRows
 from embcomp.storage.formats import RowFormat
+from embcomp.storage.packed import size_of_segments
 from embcomp.storage.quantized import QuantizedRows
 
 __all__ = ["DenseRows", "QuantizedRows", "RowFormat", "RowStore", "Segment", "make_row_store", "stored_bytes"]
@@ -36,5 +35,7 @@ def make_row_store(rows: str | RowFormat, segments: Sequence[int], dim: int, spa
 @lru_cache(maxsize=65536)
 def stored_bytes(num_rows: int, dim: int, rows: str) -> int:
     """Bytes that ``num_rows`` rows of ``dim`` values take when served in a row format, scales included."""
-    with torch.device("meta"):
-        return sum(make_row_store(rows, [num_rows], dim).serve_bytes())
+    row_format = RowFormat.parse(rows).resolve(dim)
+    if row_format.is_integer:
+        return sum(size_of_segments([num_rows], dim, row_format))
+    return num_rows * dim * DTYPES[row_format.kind].itemsize

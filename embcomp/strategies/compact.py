@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -25,6 +25,10 @@ NOISE = {1: 0.3634, 2: 0.1188, 3: 0.0374, 4: 0.0115, 8: 1.0e-4, 16: 4.0e-8, 32: 
 LEARNED = 0.1
 """What is left of that noise where training chooses the codes: the order of magnitude measured on MovieLens-1M."""
 
+Key = tuple[int, int]
+"""A tier: index of the table, number of the tier."""
+
+_SHARED_BYTES = 8
 _CHOICE = re.compile(r"(?:(\d+)<)?(\d+)x(\d+)(?:/(\d+))?")
 
 
@@ -111,7 +115,7 @@ class CompactTables(MixedTables):
 
     @classmethod
     def size_range(cls, specs: Sequence[TableSpec], config: CompactConfig, known: Knowledge) -> tuple[int, int]:
-        return (0, 0) if config.layout is not None else (0, len(_purchases(specs, config, known)[1]))
+        return (0, 0) if config.layout is not None else (0, len(_worthwhile(specs, config, known)) - 1)
 
     @classmethod
     def resize(cls, specs: Sequence[TableSpec], config: CompactConfig, size: int, known: Knowledge) -> CompactConfig:
@@ -119,11 +123,8 @@ class CompactTables(MixedTables):
             return config
         start, steps = _purchases(specs, config, known)
         chosen = dict(start)
-        chosen.update((key, choice) for key, choice in steps[:size])
-        layout = {
-            spec.name: " ".join(map(str, _joined([chosen[key] for key in sorted(chosen) if key[0] == index])))
-            for index, spec in enumerate(specs)
-        }
+        chosen.update((key, choice) for key, choice in steps[: _worthwhile(specs, config, known)[size]])
+        layout = {spec.name: " ".join(map(str, _tiers_of(chosen, index))) for index, spec in enumerate(specs)}
         return replace(config, layout=layout)
 
     @classmethod
@@ -159,10 +160,11 @@ def _kind(spec: TableSpec, choice: Choice, config: CompactConfig) -> tuple[type,
     return ProjectedTables, kept
 
 
-def _joined(tiers: Sequence[Choice]) -> list[Choice]:
-    """Make tiers that are kept alike one, with all that lie between them."""
+def _tiers_of(chosen: Mapping[Key, Choice], table: int) -> list[Choice]:
+    """Choices of a table's tiers; tiers that are kept alike become one, with all that lie between them."""
     joined: list[Choice] = []
-    for choice in tiers:
+    for number in itertools.takewhile(lambda number: (table, number) in chosen, itertools.count()):
+        choice = chosen[table, number]
         alike = [i for i, earlier in enumerate(joined) if earlier[1:] == choice[1:]]
         if alike:
             del joined[alike[0] :]
@@ -170,15 +172,11 @@ def _joined(tiers: Sequence[Choice]) -> list[Choice]:
     return joined
 
 
-Key = tuple[int, int]
-"""A tier: index of the table, number of the tier."""
-
-
 def _purchases(
     specs: Sequence[TableSpec], config: CompactConfig, known: Knowledge
 ) -> tuple[dict[Key, Choice], list[tuple[Key, Choice]]]:
     """The cheapest choice of every tier, and the steps up from there, the most error per byte first."""
-    memo = ("compact", tuple(specs), replace(config, layout=None).row_format(8), config.tiers, config.reliability)
+    memo = ("compact steps", tuple(specs), replace(config, layout=None))
     if memo not in known.derived:
         start, steps = {}, []
         for index, spec in enumerate(specs):
@@ -190,6 +188,48 @@ def _purchases(
         steps.sort(key=lambda step: step[0])
         known.derived[memo] = start, [(key, choice) for _, key, choice in steps]
     return known.derived[memo]
+
+
+def _worthwhile(specs: Sequence[TableSpec], config: CompactConfig, known: Knowledge) -> list[int]:
+    """Numbers of steps after which more bytes are really taken than before.
+
+    A step that makes two tiers alike can save their second set of scales, so that fewer steps take more bytes.
+    """
+    memo = ("compact sizes", tuple(specs), replace(config, layout=None))
+    if memo not in known.derived:
+        start, steps = _purchases(specs, config, known)
+        chosen, total = dict(start), 0
+        sizes = [_table_bytes(spec, _tiers_of(chosen, index), config) for index, spec in enumerate(specs)]
+        totals = [sum(sizes)]
+        for (index, number), choice in steps:
+            chosen[index, number] = choice
+            size = _table_bytes(specs[index], _tiers_of(chosen, index), config)
+            totals.append(totals[-1] + size - sizes[index])
+            sizes[index] = size
+        kept: list[int] = []
+        for number in range(len(totals) - 1, -1, -1):
+            # Tables that share a part share its last bytes too, which these totals don't know.
+            if not kept or totals[number] + _SHARED_BYTES <= total:
+                kept.append(number)
+                total = totals[number]
+        known.derived[memo] = kept[::-1]
+    return known.derived[memo]
+
+
+def _table_bytes(spec: TableSpec, tiers: Sequence[Choice], config: CompactConfig) -> int:
+    total, first = 0, 0
+    for choice in tiers:
+        extra = config.unseen == "oov_row" and choice.stop == spec.num_embeddings
+        rows = -(-(choice.stop - first + extra) // choice.share)
+        total += stored_bytes(rows, choice.dim, config.row_format(choice.bits)) + _matrix_bytes(
+            spec, choice.dim, config
+        )
+        first = choice.stop
+    return total
+
+
+def _matrix_bytes(spec: TableSpec, dim: int, config: CompactConfig) -> int:
+    return 4 * dim * spec.embedding_dim if config.projection == "linear" and dim < spec.embedding_dim else 0
 
 
 def _tiers(spec: TableSpec, config: CompactConfig, known: Knowledge) -> list[tuple[int, int, float]]:
@@ -222,7 +262,7 @@ def _offers(
     total, kept = float(energy.sum()), energy.cumsum(0)
     offers = []
     for dim in _dims(spec.embedding_dim):
-        matrix = 4 * dim * spec.embedding_dim if config.projection == "linear" and dim < spec.embedding_dim else 0
+        matrix = _matrix_bytes(spec, dim, config)
         for bits, gaussian in NOISE.items():
             noise = gaussian * (LEARNED if config.aware else 1)
             own = total - (1 - noise) * float(kept[dim - 1])
