@@ -212,6 +212,8 @@ def _worthwhile(specs: Sequence[TableSpec], config: CompactConfig, known: Knowle
             if not kept or totals[number] + _SHARED_BYTES <= total:
                 kept.append(number)
                 total = totals[number]
+        if totals[0] <= totals[kept[-1]]:
+            kept[-1] = 0  # the smallest size is what error messages promise
         known.derived[memo] = kept[::-1]
     return known.derived[memo]
 
