@@ -123,6 +123,22 @@ class PackedRows(RowStore):
         if scale is not None and low is not None and self.offset is not None:
             self.scale[start:stop], self.offset[start:stop] = scale.to(dtype), low.to(dtype)
 
+    def codes_of(self, rows: Tensor) -> Tensor:
+        """Read codes back: int64 ``(n,)`` to uint8 ``(n, d)``."""
+        if not self.fused:
+            return packing.gather(self.codes, rows, self.dim, self.bits)
+        found = packing.gather_bytes(self.codes.view(-1), rows, self.codes.shape[1])
+        return packing.unpack(found[..., : self.dim * self.bits // 8], self.bits, self.dim)
+
+    def row_grids_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and smallest value of rows with ``row`` granularity, in the dtype they are stored in: ``(n, 1)``."""
+        if not self.fused:
+            assert self.offset is not None
+            return self.scale[rows], self.offset[rows]
+        found = packing.gather_bytes(self.codes.view(-1), rows, self.codes.shape[1])
+        grid = found[..., self.dim * self.bits // 8 :].contiguous().view(row_scale_dtype(self.bits))
+        return grid[..., :1], grid[..., 1:]
+
     def _lookup_packed(self, rows: Tensor, segment: Segment, out: Tensor | None = None) -> Tensor:
         codes = packing.gather(self.codes, rows, self.dim, self.bits)
         if self.row_format.granularity == "row":

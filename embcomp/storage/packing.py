@@ -56,7 +56,26 @@ def gather(packed: Tensor, rows: Tensor, dim: int, bits: int) -> Tensor:
     """
     if dim * bits % 8 == 0:
         return unpack(gather_bytes(packed, rows, dim * bits // 8), bits, dim)
-    return unpack(_gather_shifted(packed, rows, dim, bits), bits, dim)
+    return unpack(_gather_shifted(packed, rows * dim, dim, bits), bits, dim)
+
+
+def gather_runs(packed: Tensor, first: Tensor, length: int, bits: int) -> Tensor:
+    """Read runs of codes that begin anywhere in a stream.
+
+    Args:
+        packed: uint8 ``(⌈n·bits / 8⌉,)``.
+        first: int64 ``(...)``, number of the first code of each run; what lies behind the stream's end is anything.
+        length: codes per run.
+        bits: 8, 4, 3, 2 or 1.
+
+    Returns:
+        uint8 ``(..., length)``; memory taken is O(codes asked for).
+    """
+    if bits < 8:
+        return unpack(_gather_shifted(packed, first, length, bits), bits, length)
+    index = first.unsqueeze(-1) + torch.arange(length, device=first.device)
+    index = index.clamp_max(max(packed.numel() - 1, 0))
+    return packed.index_select(0, index.reshape(-1)).view(index.shape)
 
 
 def gather_bytes(packed: Tensor, rows: Tensor, row_bytes: int) -> Tensor:
@@ -103,14 +122,14 @@ def _padded(codes: Tensor, multiple: int) -> Tensor:
     return torch.nn.functional.pad(codes, (0, -codes.numel() % multiple))
 
 
-def _gather_shifted(packed: Tensor, rows: Tensor, dim: int, bits: int) -> Tensor:
-    """Read rows that begin anywhere within a byte and shift them to its beginning: uint8 ``(..., n)``."""
-    count = -(-dim // 8) * 3 if bits == 3 else packed_bytes(1, dim, bits)
-    start = (rows * (dim * bits)).unsqueeze(-1)
-    first = start >> 3
-    index = first + torch.arange(count + 1, device=rows.device)
+def _gather_shifted(packed: Tensor, first: Tensor, length: int, bits: int) -> Tensor:
+    """Read runs that begin anywhere within a byte and shift them to its beginning: uint8 ``(..., n)``."""
+    count = -(-length // 8) * 3 if bits == 3 else packed_bytes(1, length, bits)
+    start = (first * bits).unsqueeze(-1)
+    byte = start >> 3
+    index = byte + torch.arange(count + 1, device=first.device)
     # Bytes behind the stream are asked for only where none of their bits is used.
-    index = torch.maximum(index.clamp_max(packed.numel() - 1), first)
+    index = torch.maximum(index.clamp_max(packed.numel() - 1), byte)
     found = packed.index_select(0, index.reshape(-1)).view(index.shape).to(torch.int32)
     return (((found[..., 1:] << 8) | found[..., :-1]) >> (start & 7)).to(torch.uint8)
 
