@@ -188,7 +188,7 @@ def solve(
             low, best = middle, tried
         else:
             high = middle - 1
-    return best
+    return (tables_class.within(best[0], allowed), best[1]) if budget_on == "serve" else best
 
 
 def cost(report: MemoryReport, budget_on: str) -> int:

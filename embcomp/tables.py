@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,12 @@ from embcomp.config import StrategyConfig
 from embcomp.errors import ConfigError, IncompatibleStateError, InputError, SpecError, UnseenIdError, did_you_mean
 from embcomp.hashing import check_range, hash_seed, hash_to_range
 from embcomp.memory import SHARED, MemoryPart, MemoryReport, format_bytes
+from embcomp.phases import PLAIN, Phase
 from embcomp.specs import Knowledge, TableSpec, as_int, check_group
 from embcomp.storage import RowStore
+
+if TYPE_CHECKING:
+    from embcomp.training.search import Candidate, Search
 
 CHUNK = 65536
 """Ids that are composed at once where a whole vocabulary is asked for."""
@@ -114,9 +118,48 @@ class EmbeddingTables(nn.Module):
         """
         raise ConfigError(f"{type(config).__name__} leaves its size ({cls.knob}) open: give budget=, for example '10%'")
 
+    @classmethod
+    def within(cls, config: Any, allowed: int) -> Any:
+        """Note the budget in serve bytes in a complete config, for strategies that choose their form in training."""
+        return config
+
     def penalty(self) -> Tensor:
         """The strategy's own loss term, a float32 scalar to add to the training loss."""
         return torch.zeros((), device=self._sizes.device)
+
+    # ---- what strategies with more to train than weights write ------------------------------------------------------
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The stages that training goes through; `embcomp.training.Phases` runs them in any loop."""
+        return PLAIN
+
+    def enter_phase_(self, phase: Phase) -> None:
+        """Get ready for a phase. A run that is resumed within it enters first, and loads its state then."""
+
+    def leave_phase_(self, phase: Phase) -> None:
+        """Settle what a phase decides, such as which rows are kept."""
+
+    def architecture(self) -> list[dict[str, Any]]:
+        """Parameters that choose the tables' form, as groups of SGD: ``params`` and ``lr``."""
+        return []
+
+    def set_pass_(self, name: str) -> None:
+        """Switch lookups to one of the phase's ``passes``."""
+
+    def step_(self) -> None:
+        """What is to be done after every step of the optimizers."""
+
+    def make_search(self) -> Search:
+        """What chooses among candidates in a phase of kind ``"search"``."""
+        raise NotImplementedError
+
+    def show_(self, candidates: Sequence[Candidate]) -> None:
+        """Let lookups show candidates until `adopt_`: of P, ids ``(P·B, …)`` are P copies of a batch, one for each."""
+        raise NotImplementedError
+
+    def adopt_(self, candidate: Candidate) -> None:
+        """Take the form that a search has chosen."""
+        raise NotImplementedError
 
     # ---- lookups ----------------------------------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ class RaggedRows(RowStore):
         ConfigError: for groups of rows, which stop being consecutive when rows are left out.
     """
 
+    codes: Tensor
     scale: Tensor | None
     offset: Tensor | None
     _starts: Tensor
@@ -127,7 +128,8 @@ class RaggedRows(RowStore):
             return codes.to(torch.float32)
         if self.row_format.granularity == "row":
             assert self.offset is not None
-            scale, low = (t.index_select(0, rows.reshape(-1)).view(*rows.shape, 1) for t in (self.scale, self.offset))
+            index = rows.clamp_max(self.num_rows - 1).reshape(-1)  # tables without rows may be asked for one behind
+            scale, low = (t.index_select(0, index).view(*rows.shape, 1) for t in (self.scale, self.offset))
             return grids.dequantize_row(codes, scale.to(torch.float32), low.to(torch.float32))
         place = self._columns[owners] if self.row_format.granularity == "column" else owners.unsqueeze(-1)
         step = self.scale[place].to(torch.float32)
@@ -148,7 +150,7 @@ class RaggedRows(RowStore):
             raise TypeError(f"{type(served).__name__} is no serving form that rows can be taken from")
         if isinstance(served, PackedRows):
             self._take_scales(served, kept)
-        if not any(self.segments) or self.is_meta:
+        if not any(self.segments) or self._is_meta:
             return self
         stream = []
         for rows, width in zip(kept, self.widths, strict=True):
@@ -167,7 +169,7 @@ class RaggedRows(RowStore):
 
     def _take_scales(self, served: PackedRows, kept: Sequence[Tensor]) -> None:
         assert self.scale is not None
-        if self.is_meta:
+        if self._is_meta:
             return
         if self.row_format.granularity == "row":
             scale, low = served.row_grids_of(torch.cat(list(kept)))
@@ -183,8 +185,7 @@ class RaggedRows(RowStore):
                 own.copy_(torch.cat(parts))
 
     @property
-    def is_meta(self) -> bool:
-        """Whether it has no memory."""
+    def _is_meta(self) -> bool:
         return next(iter(self.state_dict(keep_vars=True).values())).is_meta
 
     def serve_bytes(self) -> list[int]:

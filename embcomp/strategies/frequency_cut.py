@@ -17,7 +17,7 @@ from embcomp.storage import make_row_store
 from embcomp.strategies._allocation import check_table_names
 from embcomp.strategies._fitting import shared_means
 from embcomp.strategies._frequency_sizes import complete_sizes, most_frequent, row_range
-from embcomp.strategies._remap import build_remap, look_up_remap, remap_words, word_starts
+from embcomp.strategies._kept_ids import KeptIds
 from embcomp.tables import EmbeddingTables
 
 logger = logging.getLogger(__name__)
@@ -72,16 +72,10 @@ class FrequencyCutTables(EmbeddingTables):
 
     knob = "rows"
     config: FrequencyCutConfig
-    remap_bits: Tensor
-    remap_ranks: Tensor
     _starts: Tensor
-    _kept: Tensor
     _tail_starts: Tensor
     _tail_ranges: Tensor
     _tail_seeds: Tensor
-    _remapped: Tensor
-    _words: Tensor
-    _last_words: Tensor
 
     def __init__(
         self, specs: Sequence[TableSpec], config: FrequencyCutConfig, counts: Mapping[str, Tensor] | None = None
@@ -92,13 +86,12 @@ class FrequencyCutTables(EmbeddingTables):
         sizes = [kept + tail for kept, tail in zip(self.num_kept, self.num_tail, strict=True)]
         self.rows = make_row_store(config.rows, sizes, self.embedding_dim, config.sparse)
         self.constant("_starts", [start if size else 0 for start, size in zip(self.rows.starts(), sizes, strict=True)])
-        self.constant("_kept", self.num_kept)
         each = list(zip(self.num_kept, self.num_tail, strict=True))
         self.constant("_tail_starts", [kept if tail else 0 for kept, tail in each])
         self.constant("_tail_ranges", [max(tail, 1) for _, tail in each])
         self.constant("_tail_seeds", [hash_seed(config.seed, name, "tail") for name in self.names])
-        if any(self.is_remapped):
-            self._build_remap(counts or {})
+        self.remap = KeptIds(self.num_ids, self.num_kept, self.is_remapped)
+        self._keep_most_frequent(counts or {})
         self.reset_parameters()
 
     # ---- lookups ----------------------------------------------------------------------------------------------------
@@ -107,7 +100,7 @@ class FrequencyCutTables(EmbeddingTables):
         starts = self.pick(self._starts, table)
         if all(self.is_whole):
             return self.rows(ids + starts, table)
-        kept, rows = self._kept_rows(ids, table)
+        kept, rows = self.remap(ids, table)
         rows = torch.where(kept, rows, self._tail_rows(ids, table))
         vectors = self.rows(rows + starts, table)
         if self.config.tail == "zero":
@@ -115,18 +108,6 @@ class FrequencyCutTables(EmbeddingTables):
                 kept = kept | (ids == self.pick(self._sizes, table))
             vectors = vectors.masked_fill(~kept.unsqueeze(-1), 0.0)
         return vectors
-
-    def _kept_rows(self, ids: Tensor, table: Tensor | int | None) -> tuple[Tensor, Tensor]:
-        """Whether ids are kept, and the row inside their table if they are."""
-        kept, rows = ids < self.pick(self._kept, table), ids
-        flags = self.is_remapped if table is None or isinstance(table, Tensor) else (self.is_remapped[table],)
-        if any(flags):
-            # Ids of tables without a remap look up some word of it too, and then ignore it.
-            words = (ids >> 6).minimum(self.pick(self._last_words, table)) + self.pick(self._words, table)
-            found, ranks = look_up_remap(self.remap_bits, self.remap_ranks, ids, words)
-            remapped = self.pick(self._remapped, table)
-            kept, rows = torch.where(remapped, found, kept), torch.where(remapped, ranks, rows)
-        return kept, rows
 
     def _tail_rows(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
         """The row inside their table that ids have if they are not kept."""
@@ -143,7 +124,7 @@ class FrequencyCutTables(EmbeddingTables):
     def fit(self, weights: Sequence[Tensor], counts: Sequence[Tensor]) -> None:
         for index, (weight, count) in enumerate(zip(weights, counts, strict=True)):
             ids = torch.arange(len(weight), device=weight.device)
-            kept, rows = self._kept_rows(ids, index)
+            kept, rows = self.remap(ids, index)
             fitted = weight.new_empty(self.rows.segments[index], weight.shape[1])
             if self.num_tail[index]:
                 start, tail = self.num_kept[index], ~kept
@@ -205,21 +186,11 @@ class FrequencyCutTables(EmbeddingTables):
         if remapped or kind == "hash":
             check_range(name, kept + tail)
 
-    def _build_remap(self, counts: Mapping[str, Tensor]) -> None:
-        starts, total = word_starts(self.num_ids, self.is_remapped)
-        last = [remap_words(ids) - 1 if flag else 0 for ids, flag in zip(self.num_ids, self.is_remapped, strict=True)]
-        self.constant("_words", starts)
-        self.constant("_last_words", last)
-        self.constant("_remapped", self.is_remapped)
-        self.register_buffer("remap_bits", torch.zeros(total, dtype=torch.int64))
-        self.register_buffer("remap_ranks", torch.zeros(total, dtype=torch.int32))
+    def _keep_most_frequent(self, counts: Mapping[str, Tensor]) -> None:
         for index, name in enumerate(self.names):
-            if not self.is_remapped[index] or self.remap_bits.is_meta:
+            if not self.is_remapped[index] or self.remap.bits.is_meta:
                 continue
             if name not in counts:
                 logger.info("table %r: no counts, so its remap is empty until a state is loaded", name)
                 continue
-            kept = most_frequent(counts[name], self.num_kept[index])
-            bits, ranks = build_remap(kept, self.num_ids[index])
-            self.remap_bits[starts[index] : starts[index] + len(bits)] = bits
-            self.remap_ranks[starts[index] : starts[index] + len(ranks)] = ranks
+            self.remap.keep_(index, most_frequent(counts[name], self.num_kept[index]))

@@ -1,5 +1,19 @@
-"""Training: optimizers that cost bytes per batch, not per table."""
+"""Training: phases and searches for any loop, and optimizers that cost bytes per batch, not per table."""
 
+from embcomp.phases import Phase
+from embcomp.training.evolution import Evolution
 from embcomp.training.rowwise_adagrad import RowwiseAdagrad
+from embcomp.training.run import Phases
+from embcomp.training.search import Candidate, Search
+from embcomp.training.searching import SearchLoop, SearchResult
 
-__all__ = ["RowwiseAdagrad"]
+__all__ = [
+    "Candidate",
+    "Evolution",
+    "Phase",
+    "Phases",
+    "RowwiseAdagrad",
+    "Search",
+    "SearchLoop",
+    "SearchResult",
+]

@@ -4,12 +4,13 @@ from recsys_models.training.config import TrainingConfig
 from recsys_models.training.groups import make_optimizers, parameter_groups
 from recsys_models.training.loop import fit
 from recsys_models.training.optimizers import OPTIMIZERS
-from recsys_models.training.result import Callback, Evaluation, TrainingResult
+from recsys_models.training.result import Callback, Evaluation, PhaseResult, TrainingResult
 
 __all__ = [
     "OPTIMIZERS",
     "Callback",
     "Evaluation",
+    "PhaseResult",
     "TrainingConfig",
     "TrainingResult",
     "fit",

@@ -43,6 +43,9 @@ class TrainingConfig:
         min_learning_rate: learning rates don't fall below.
         clip_norm: gradients are scaled down to this Euclidean norm; None for no limit.
         restore_best: whether the model ends with the weights of the best evaluation, or with the last.
+        search_rows: rows of the validation split that candidates of a search are compared on, the same ones for all;
+            None for the whole split. The best few are compared on the whole split in any case.
+        search_at_once: candidates that are evaluated at once, on one lookup of their rows.
         seed: of the order of rows, and of torch's generators while training (dropout).
         device: ``"auto"`` (CUDA where there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, …
         progress: show a progress bar, where the output is a terminal.
@@ -67,6 +70,8 @@ class TrainingConfig:
     min_learning_rate: float = 1e-6
     clip_norm: float | None = 10.0
     restore_best: bool = True
+    search_rows: int | None = 4096
+    search_at_once: int = 8
     seed: int = 0
     device: str = "auto"
     progress: bool = True
@@ -77,8 +82,17 @@ class TrainingConfig:
         if self.embedding_optimizer is not None:
             check_choice(self, "embedding_optimizer", tuple(OPTIMIZERS))
         check_choice(self, "monitor", tuple(MONITORS))
-        for field in ("batch_size", "eval_batch_size", "epochs", "max_steps", "eval_steps", "patience"):
+        for field in (
+            "batch_size",
+            "eval_batch_size",
+            "epochs",
+            "max_steps",
+            "eval_steps",
+            "patience",
+            "search_at_once",
+        ):
             check_at_least(self, field, 1)
+        check_at_least(self, "search_rows", 2)
         for field in ("embedding_l2", "min_delta", "min_learning_rate", "seed", "float_epochs"):
             check_at_least(self, field, 0)
         for field in ("learning_rate", "embedding_learning_rate", "clip_norm", "plateau_factor"):

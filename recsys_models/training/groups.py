@@ -29,13 +29,23 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return {"rows": rows, "tables": others, "network": network}
 
 
-def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[Optimizer]:
+def make_optimizers(
+    model: nn.Module, config: TrainingConfig, trained: Sequence[nn.Parameter] | None = None
+) -> list[Optimizer]:
     """Make the optimizer of a model, or two where the tables have one of their own.
+
+    Args:
+        model: with compressed tables.
+        config: says which.
+        trained: the parameters to train; None for all that require gradients.
 
     Raises:
         ConfigError: if nothing is trained, or an optimizer does not go with row-sparse gradients or with L2.
     """
     groups = parameter_groups(model)
+    if trained is not None:
+        chosen = {id(p) for p in trained}
+        groups = {name: [p for p in members if id(p) in chosen] for name, members in groups.items()}
     table_optimizer = config.embedding_optimizer or config.optimizer
     rate = config.learning_rate if config.embedding_learning_rate is None else config.embedding_learning_rate
     _check_sparse(model, table_optimizer, config.embedding_l2)

@@ -1,37 +1,37 @@
-"""The training loop: ``fit(model, data, TrainingConfig(...))``."""
+"""The training loop: ``fit(model, data, TrainingConfig(...))`` takes a model through the phases of its tables."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from embcomp.errors import ConfigError, IncompatibleStateError
+from embcomp.training import Phase, Phases
 from recsys_models.ctr import CTRModel
-from recsys_models.data import Batch, ClickLog
-from recsys_models.errors import TrainingError
-from recsys_models.metrics import Metrics, evaluate
+from recsys_models.data import ClickLog
 from recsys_models.training import checkpoint
 from recsys_models.training.checks import check_data, device_named
 from recsys_models.training.config import TrainingConfig
-from recsys_models.training.groups import make_optimizers
-from recsys_models.training.optimizers import clip_gradients
-from recsys_models.training.result import Callback, Evaluation, TrainingResult
+from recsys_models.training.result import Callback, PhaseResult, TrainingResult
+from recsys_models.training.run import Run
+from recsys_models.training.validation import ValidationSearch
 
 logger = logging.getLogger(__name__)
 
-MAY_CHANGE = ("epochs", "max_steps", "patience", "eval_batch_size", "device", "progress")
+MAY_CHANGE = ("epochs", "max_steps", "patience", "eval_batch_size", "search_at_once", "device", "progress")
 """Fields of the config that may differ between a run and its continuation."""
+
+SEARCH_FILE = "search.json"
+"""Where a search saves every round, beside the checkpoint."""
 
 
 def fit(
@@ -44,6 +44,9 @@ def fit(
     callbacks: Sequence[Callback] = (),
 ) -> TrainingResult:
     """Train a click model in place, on binary cross-entropy plus the tables' penalty.
+
+    The model goes through the phases of its tables' strategy, each with an early stopping of its own; searches compare
+    candidates on the validation split. Most strategies have a single phase.
 
     The order of rows depends on the seed and the epoch alone. A last batch of a single row is left out, as batch
     norm can't train on it. On the CPU with one thread, the weights are the same bit for bit from run to run, and
@@ -72,31 +75,13 @@ def fit(
     path = None if checkpoint_dir is None else Path(checkpoint_dir) / checkpoint.FILE_NAME
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        run = _Run(model.to(device), data, config, device, path, callbacks)
-        if resume and path is not None and path.is_file():
-            run.load(path)
-        return run.run()
+        training = _Training(model.to(device), data, config, device, path, callbacks)
+        return training.run(resume)
 
 
-@dataclass
-class _Progress:
-    """Where a run is; saved in checkpoints as JSON."""
+class _Training:
+    """A model on its way through the phases; saved at the beginning of each, and after every evaluation."""
 
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    rows: int = 0
-    bad_evaluations: int = 0
-    train_seconds: float = 0.0
-    history: list[Evaluation] = field(default_factory=list)
-
-    @property
-    def best(self) -> Evaluation | None:
-        improved = [evaluation for evaluation in self.history if evaluation.improved]
-        return improved[-1] if improved else None
-
-
-class _Run:
     def __init__(
         self,
         model: CTRModel,
@@ -108,159 +93,83 @@ class _Run:
     ) -> None:
         self.model, self.data, self.config, self.device = model, data, config, device
         self.path, self.callbacks = path, callbacks
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizers = make_optimizers(model, config)
-        single_left = len(data.train) % config.batch_size == 1 and len(data.train) > 1
-        self.batches = data.train.batches(
-            config.batch_size, shuffle=True, seed=config.seed, drop_last=single_left, device=device
-        )
-        self.validation = data.validation.batches(config.eval_batch_size, device=device)
-        self.progress = _Progress()
-        self.best_weights: dict[str, Tensor] = {}
+        self.identity = self._identity()
+        self.phases = Phases(model)
+        self.done: list[PhaseResult] = []
+        self.current: Run | None = None
 
-    # ---- the loop ---------------------------------------------------------------------------------------------------
+    def run(self, resume: bool) -> TrainingResult:
+        """Go through all phases, from the beginning or from a checkpoint."""
+        saved = None
+        if resume and self.path is not None and self.path.is_file():
+            saved = self._read(self.path)
+        elif self.path is not None:
+            self.path.with_name(SEARCH_FILE).unlink(missing_ok=True)
+        for phase in self.phases.phases[len(self.done) :]:
+            self.phases.enter_(phase)
+            if saved is not None:
+                self._load(*saved)
+            for callback in self.callbacks:
+                callback.on_phase_start(self.model, phase)
+            self.done.append(self._search(phase, saved) if phase.is_search else self._train(phase, saved))
+            self.phases.leave_(phase)
+            saved = None
+        return self._result()
 
-    def run(self) -> TrainingResult:
-        """Train to the end."""
-        stream = self._stream()
-        total = self.config.epochs * len(self.batches)
-        total = total if self.config.max_steps is None else min(total, self.config.max_steps)
+    def _train(self, phase: Phase, saved: tuple[dict[str, Tensor], dict[str, Any]] | None) -> PhaseResult:
+        config = _config_of(self.config, phase)
+        name = self.data.name if len(self.phases.phases) == 1 else f"{self.data.name} {phase.name}"
+        run = Run(name, self.phases, self.model, self.data, config, self.device, self.callbacks, self._save)
+        self.current = run
+        if saved is not None:
+            run.load(*saved)
+        elif self.done:
+            self._save()
+        result = run.run()
+        self.current = None
+        return result
+
+    def _search(self, phase: Phase, saved: tuple[dict[str, Tensor], dict[str, Any]] | None) -> PhaseResult:
+        if saved is None:
+            self._save()
+        started = time.perf_counter()
+        validation = ValidationSearch(self.model, self.data, self.config, self.device)
         disable = None if self.config.progress else True
-        with tqdm(total=total, initial=self.progress.step, desc=self.data.name, unit="step", disable=disable) as bar:
-            self._set_rounding()
-            while (stopped := self._stopped()) is None:
-                train_loss = self._train(stream, bar)
-                self._set_rounding()
-                evaluation = self._evaluate(train_loss)
-                bar.set_postfix_str(f"epoch {evaluation.epoch}, {self.config.monitor} {self._value(evaluation):.5f}")
-        if self.config.restore_best and self.best_weights:
-            self.model.load_state_dict(self.best_weights)
-        return self._result(stopped)
+        with tqdm(desc=f"{self.data.name} {phase.name}", unit="round", disable=disable) as bar:
 
-    def _is_rounding(self) -> bool:
-        return self.progress.epoch >= self.config.float_epochs or self.progress.step == self.config.max_steps
+            def report(done: int, most: int, best: float) -> None:
+                bar.total, bar.n = most, done
+                bar.set_postfix_str(f"best {self.config.monitor} {self.config.sign * best:.5f}")
+                logger.info("%s: round %d of %d, best %.5f", self.data.name, done, most, self.config.sign * best)
 
-    def _set_rounding(self) -> None:
-        self.model.tables.set_rounding_(self._is_rounding())
-
-    def _stream(self) -> Iterator[tuple[Batch, bool]]:
-        """All batches to come, each with whether it is its epoch's last."""
-        start, last = self.progress.batch, len(self.batches) - 1
-        for epoch in range(self.progress.epoch, self.config.epochs):
-            for index, batch in enumerate(self.batches.epoch(epoch, start), start):
-                yield batch, index == last
-            start = 0
-
-    def _train(self, stream: Iterator[tuple[Batch, bool]], bar: tqdm) -> float:
-        """Train until the next evaluation is due; return the mean loss."""
-        self.model.train()
-        progress, started, rows = self.progress, time.perf_counter(), 0
-        total = torch.zeros((), device=self.device)
-        for batch, ends_epoch in stream:
-            size = len(batch.labels)
-            total.add_(self._step(batch), alpha=size)
-            rows += size
-            progress.step += 1
-            progress.batch = 0 if ends_epoch else progress.batch + 1
-            progress.epoch += int(ends_epoch)
-            bar.update()
-            self._tell_step(ends_epoch)
-            if self._is_due(ends_epoch):
-                break
-        mean = float(total) / rows
-        progress.train_seconds += time.perf_counter() - started
-        progress.rows += rows
-        if not math.isfinite(mean):
-            raise TrainingError(
-                f"the training loss is {mean} before step {progress.step}: lower learning_rate "
-                f"({self.config.learning_rate}), or set clip_norm ({self.config.clip_norm})"
+            found = self.phases.search_(
+                validation.evaluate,
+                validation.evaluate_many,
+                validation.recalibrate,
+                at_once=self.config.search_at_once,
+                checkpoint=None if self.path is None else self.path.with_name(SEARCH_FILE),
+                report=report,
             )
-        return mean
+        size = sum(tables.memory().serve_bytes for tables in self.phases.groups)
+        logger.info("%s: %s of %d candidates, %d B", self.data.name, found.candidate, found.num_evaluated, size)
+        seconds = time.perf_counter() - started
+        return PhaseResult(phase.name, 0, 0, 0, seconds, "search", None, (), found.candidate, found.num_evaluated)
 
-    def _step(self, batch: Batch) -> Tensor:
-        logits = self.model(batch.ids, batch.dense)
-        loss = F.binary_cross_entropy_with_logits(logits, batch.labels)
-        (loss + self.model.penalty()).backward()
-        if self.config.clip_norm is not None:
-            clip_gradients(self.parameters, self.config.clip_norm)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    def _tell_step(self, ends_epoch: bool) -> None:
-        for callback in self.callbacks:
-            callback.on_step_end(self.model, self.progress.step)
-            if ends_epoch:
-                callback.on_epoch_end(self.model, self.progress.epoch)
-
-    def _is_due(self, ends_epoch: bool) -> bool:
-        if self.progress.step == self.config.max_steps or self.progress.epoch == self.config.epochs:
-            return True
-        every = self.config.eval_steps
-        return ends_epoch if every is None else self.progress.step % every == 0
-
-    def _stopped(self) -> str | None:
-        progress, config = self.progress, self.config
-        if config.patience is not None and progress.bad_evaluations >= config.patience:
-            return "patience"
-        if config.max_steps is not None and progress.step >= config.max_steps:
-            return "max_steps"
-        return "epochs" if progress.epoch >= config.epochs else None
-
-    # ---- evaluations ------------------------------------------------------------------------------------------------
-
-    def _evaluate(self, train_loss: float) -> Evaluation:
-        metrics, progress = evaluate(self.model, self.validation), self.progress
-        rate = self.optimizers[-1].param_groups[-1]["lr"]
-        improved = self._is_rounding() and self._is_improvement(metrics)
-        evaluation = Evaluation(
-            progress.step, progress.epoch, metrics.auc, metrics.log_loss, train_loss, rate, improved
-        )
-        logger.info("%s: step %d, epoch %d: %s", self.data.name, progress.step, progress.epoch, metrics)
-        progress.history.append(evaluation)
-        if improved:
-            progress.bad_evaluations = 0
-            if self.config.restore_best or self.config.plateau_rewind:
-                self.best_weights = {name: checkpoint.to_cpu(t) for name, t in self.model.state_dict().items()}
-        elif self._is_rounding():
-            progress.bad_evaluations += 1
-            self._lower_learning_rates()
-            if self.config.plateau_rewind and self.best_weights:
-                self.model.load_state_dict(self.best_weights)
-        for callback in self.callbacks:
-            callback.on_evaluation(self.model, evaluation)
-        self._save()
-        return evaluation
-
-    def _is_improvement(self, metrics: Metrics) -> bool:
-        best = self.progress.best
-        if best is None:
-            return True
-        return self.config.sign * (self._value(metrics) - self._value(best)) > self.config.min_delta
-
-    def _value(self, metrics: Metrics | Evaluation) -> float:
-        return metrics.auc if self.config.monitor == "auc" else metrics.log_loss
-
-    def _lower_learning_rates(self) -> None:
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                lowered = max(group["lr"] * self.config.plateau_factor, self.config.min_learning_rate)
-                group["lr"] = min(group["lr"], lowered)
-
-    def _result(self, stopped: str) -> TrainingResult:
-        progress, best = self.progress, self.progress.best
-        if best is None:
-            raise IncompatibleStateError(f"{self.path} holds a run without a single evaluation: delete it")
+    def _result(self) -> TrainingResult:
+        trained = [phase for phase in self.done if phase.best is not None]
+        last = trained[-1]
+        assert last.best is not None
+        seconds = sum(phase.seconds for phase in trained)
         return TrainingResult(
-            validation=Metrics(best.auc, best.log_loss, len(self.data.validation)),
-            best=best,
-            history=tuple(progress.history),
-            steps=progress.step,
-            epochs=progress.epoch,
-            stopped=stopped,
-            train_seconds=progress.train_seconds,
-            samples_per_second=progress.rows / max(progress.train_seconds, 1e-9),
+            validation=last.metrics(len(self.data.validation)),
+            best=last.best,
+            history=tuple(evaluation for phase in self.done for evaluation in phase.history),
+            steps=sum(phase.steps for phase in self.done),
+            epochs=sum(phase.epochs for phase in self.done),
+            stopped=last.stopped,
+            train_seconds=seconds,
+            samples_per_second=sum(phase.rows for phase in trained) / max(seconds, 1e-9),
+            phases=tuple(self.done),
         )
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
@@ -279,35 +188,41 @@ class _Run:
         if self.path is None:
             return
         tensors: dict[str, Tensor] = {}
-        optimizers = checkpoint.pack([o.state_dict() for o in self.optimizers], "optimizer", tensors)
-        tensors |= checkpoint.with_prefix("model.", self.model.state_dict())
-        tensors |= checkpoint.with_prefix("best.", self.best_weights)
-        tensors |= checkpoint.with_prefix("random.", checkpoint.random_state(self.device))
-        info = {
-            "identity": self._identity(),
-            "progress": dataclasses.asdict(self.progress),
-            "optimizers": optimizers,
+        info: dict[str, Any] = {
+            "identity": self.identity,
+            "done": [dataclasses.asdict(phase) for phase in self.done],
+            "phases": checkpoint.pack(self.phases.state_dict(), "phases", tensors),
         }
+        if self.current is not None:
+            info["run"] = checkpoint.pack(self.current.state(), "run", tensors)
+        tensors |= checkpoint.with_prefix("model.", self.model.state_dict())
+        tensors |= checkpoint.with_prefix("random.", checkpoint.random_state(self.device))
         checkpoint.write_checkpoint(self.path, tensors, info)
 
-    def load(self, path: Path) -> None:
-        """Take over the state of a checkpoint."""
+    def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, info = checkpoint.read_checkpoint(path)
-        for name, value in self._identity().items():
+        for name, value in self.identity.items():
             if info["identity"].get(name) != value:
                 raise IncompatibleStateError(
                     f"{path} was trained with {name}={info['identity'].get(name)!r}, not {value!r}: "
                     "use the same, or another checkpoint_dir"
                 )
-        saved = info["progress"]
-        saved["history"] = [Evaluation(**evaluation) for evaluation in saved["history"]]
-        self.progress = _Progress(**saved)
-        self.best_weights = checkpoint.without_prefix("best.", tensors)
+        self.done = [PhaseResult.from_dict(values) for values in info["done"]]
+        return tensors, info
+
+    def _load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+        """Take over the state of a checkpoint, within the phase that it was written in."""
         try:
             self.model.load_state_dict(checkpoint.without_prefix("model.", tensors))
         except RuntimeError as error:
-            raise IncompatibleStateError(f"{path} is of a model of another shape: {error}") from error
-        for optimizer, state in zip(self.optimizers, checkpoint.unpack(info["optimizers"], tensors), strict=True):
-            optimizer.load_state_dict(state)
+            raise IncompatibleStateError(f"{self.path} is of a model of another shape: {error}") from error
+        self.phases.load_state_dict(checkpoint.unpack(info["phases"], tensors))
         checkpoint.set_random_state(checkpoint.without_prefix("random.", tensors), self.device)
-        logger.info("resumed %s at step %d, epoch %d", path, self.progress.step, self.progress.epoch)
+        logger.info("resumed %s in phase %s", self.path, self.phases.phase.name)
+
+
+def _config_of(config: TrainingConfig, phase: Phase) -> TrainingConfig:
+    """The config of a phase, with the limits that it sets itself."""
+    epochs = config.epochs if phase.epochs is None else phase.epochs
+    patience = config.patience if phase.patience is None else phase.patience
+    return replace(config, epochs=epochs, patience=patience, float_epochs=min(config.float_epochs, epochs - 1))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from embcomp.training import Phase
 from recsys_models.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ class Evaluation:
         train_loss: mean binary cross-entropy of the training batches since the last evaluation, as they were seen.
         learning_rate: of the network, in the steps before.
         improved: whether it was the best so far.
+        phase: name of the phase, within which steps and epochs are counted.
     """
 
     step: int
@@ -32,6 +35,55 @@ class Evaluation:
     train_loss: float
     learning_rate: float
     improved: bool
+    phase: str = "train"
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """What came out of a phase.
+
+    Attributes:
+        name: of the phase.
+        steps: training steps done.
+        epochs: epochs completed.
+        rows: training rows seen.
+        seconds: time spent in training steps, evaluations and checkpoints excluded; of a search, all its time since it
+            was last resumed.
+        stopped: why it ended: ``"patience"``, ``"epochs"``, ``"max_steps"``, or ``"search"`` for a search.
+        best: the best evaluation; None for a search.
+        history: all evaluations.
+        candidate: what a search chose; None for training.
+        num_evaluated: candidates that a search evaluated.
+    """
+
+    name: str
+    steps: int
+    epochs: int
+    rows: int
+    seconds: float
+    stopped: str
+    best: Evaluation | None
+    history: tuple[Evaluation, ...]
+    candidate: tuple[int, ...] | None = None
+    num_evaluated: int = 0
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PhaseResult:
+        """Read what ``dataclasses.asdict`` wrote, by way of JSON."""
+        best, candidate = values["best"], values["candidate"]
+        return cls(
+            **{
+                **values,
+                "best": None if best is None else Evaluation(**best),
+                "history": tuple(Evaluation(**evaluation) for evaluation in values["history"]),
+                "candidate": None if candidate is None else tuple(candidate),
+            }
+        )
+
+    def metrics(self, num_rows: int) -> Metrics:
+        """The best evaluation as metrics of a split of ``num_rows`` rows."""
+        assert self.best is not None
+        return Metrics(self.best.auc, self.best.log_loss, num_rows)
 
 
 @dataclass(frozen=True)
@@ -39,14 +91,15 @@ class TrainingResult:
     """What came out of training.
 
     Attributes:
-        validation: metrics of the best evaluation, by the monitored metric.
-        best: the best evaluation.
-        history: all evaluations.
+        validation: metrics of the best evaluation of the last phase that trained, by the monitored metric.
+        best: that evaluation.
+        history: all evaluations of all phases.
         steps: training steps done.
         epochs: epochs completed.
-        stopped: why training ended: ``"patience"``, ``"epochs"`` or ``"max_steps"``.
+        stopped: why the last phase that trained ended: ``"patience"``, ``"epochs"`` or ``"max_steps"``.
         train_seconds: time spent in training steps, evaluations and checkpoints excluded; over all resumed parts.
         samples_per_second: training rows per second of that time.
+        phases: what came out of each phase.
     """
 
     validation: Metrics
@@ -57,6 +110,7 @@ class TrainingResult:
     stopped: str
     train_seconds: float
     samples_per_second: float
+    phases: tuple[PhaseResult, ...] = ()
 
 
 class Callback:
@@ -64,6 +118,9 @@ class Callback:
 
     Callbacks are stateless as far as `fit` knows: what they must remember over a resume belongs into the model.
     """
+
+    def on_phase_start(self, model: CTRModel, phase: Phase) -> None:
+        """Called when a phase begins, and when a run is resumed within it."""
 
     def on_step_end(self, model: CTRModel, step: int) -> None:
         """Called after the optimizer's step; ``step`` counts from 1."""

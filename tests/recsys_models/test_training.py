@@ -172,7 +172,7 @@ def scripted(monkeypatch, values):
         auc = next(values)
         return Metrics(auc, 1 - auc, 200)
 
-    monkeypatch.setattr("recsys_models.training.loop.evaluate", fake)
+    monkeypatch.setattr("recsys_models.training.run.evaluate", fake)
     return seen
 
 

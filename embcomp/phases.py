@@ -49,7 +49,7 @@ class Phase:
             if parameters not in PARAMETERS:
                 raise ConfigError(f"Phase({self.name!r}, trains={self.trains!r}): choose from {', '.join(PARAMETERS)}")
         if self.bilevel and "architecture" not in self.trains:
-            raise ConfigError(f"Phase({self.name!r}, bilevel=True) trains no architecture parameters: add them to trains")
+            raise ConfigError(f"Phase({self.name!r}, bilevel=True) trains no architecture: add it to trains=")
 
     @property
     def is_search(self) -> bool:

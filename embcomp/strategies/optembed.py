@@ -1,0 +1,350 @@
+"""``optembed``: which rows and which dimensions are worth their bytes, learned and searched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from embcomp.config import check_at_least, check_choice, register_strategy
+from embcomp.errors import ConfigError, SpecError
+from embcomp.phases import Phase
+from embcomp.specs import TableSpec
+from embcomp.strategies._pruned import PrunedConfig, PrunedTables, form_bytes
+from embcomp.strategies._row_budget import RowBudget, Shrinker
+from embcomp.training.evolution import Evolution
+from embcomp.training.search import Candidate, Search
+
+SCORES = ("auto", "norm", "norm_frequency", "frequency", "taylor")
+CONSTRAINTS = ("prune", "shrink", "reject")
+STARTS = ("initial", "supernet")
+TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class OptEmbedConfig(PrunedConfig):
+    """OptEmbed. Without a budget, and with ``pruned="zero"``, it is the paper's method.
+
+    Attributes:
+        prune_rows: learn which rows to keep; False is the paper's OptEmbed-D.
+        search_dims: search widths of fields; False is the paper's OptEmbed-E.
+        norm: 1 or 2: the norm of a row that its threshold is compared with.
+        threshold_per_id: a threshold for every id instead of every table.
+        threshold_lr: learning rate of the thresholds' SGD.
+        alpha: weight of ``Σ exp(−t)``, which pushes thresholds up.
+        decay: share by which a row shrinks whenever it is looked up in the supernet. It is decoupled from the loss and
+            from the optimizer, and touches no row that is not used, so that a norm tells how much a row is needed,
+            not how long ago it was seen.
+        bilevel: thresholds learn from validation batches.
+        score: by what rows are ranked under a budget: ``"norm"``; ``"norm_frequency"``: norm times the id's count;
+            ``"frequency"``; ``"taylor"``: the sum of ``|∂loss/∂e · e|`` over the supernet's training; ``"auto"``:
+            ``"norm_frequency"`` where counts are given, else ``"norm"``.
+        constraint: how candidates are brought within a budget: ``"prune"``: rows of the lowest score per byte go;
+            ``"shrink"``: randomly chosen fields get narrower; ``"reject"``: they are drawn anew, and rows are pruned
+            where no draw fits.
+        generations: of the search.
+        mutations: candidates by mutation, per generation.
+        crossovers: candidates by crossover, per generation.
+        parents: best candidates that parents are drawn from.
+        mutation_probability: of each field's width.
+        supernet_epochs: at most; None for as many as the loop is told.
+        supernet_patience: evaluations without improvement that end the supernet; the paper has 1.
+        retrain_from: ``"initial"``: the last phase begins with the first weights, as in the paper; ``"supernet"``: it
+            goes on from the supernet's.
+    """
+
+    prune_rows: bool = True
+    search_dims: bool = True
+    norm: int = 1
+    threshold_per_id: bool = False
+    threshold_lr: float = 1e-4
+    alpha: float = 1e-5
+    decay: float = 0.0
+    bilevel: bool = False
+    score: str = "auto"
+    constraint: str = "prune"
+    generations: int = 30
+    mutations: int = 10
+    crossovers: int = 10
+    parents: int = 15
+    mutation_probability: float = 0.1
+    supernet_epochs: int | None = None
+    supernet_patience: int | None = None
+    retrain_from: str = "initial"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self, "score", SCORES)
+        check_choice(self, "constraint", CONSTRAINTS)
+        check_choice(self, "retrain_from", STARTS)
+        for field in ("generations", "mutations", "parents", "supernet_epochs", "supernet_patience"):
+            check_at_least(self, field, 1)
+        for field in ("crossovers", "alpha", "threshold_lr", "decay"):
+            check_at_least(self, field, 0)
+        if self.norm not in (1, 2):
+            raise ConfigError(f"OptEmbedConfig(norm={self.norm!r}): must be 1 or 2")
+        if not 0 < self.mutation_probability <= 1:
+            raise ConfigError(
+                f"OptEmbedConfig(mutation_probability={self.mutation_probability!r}): must be above 0 and at most 1"
+            )
+        if not self.decay < 1:
+            raise ConfigError(f"OptEmbedConfig(decay={self.decay!r}): must be below 1")
+        if not self.prune_rows and not self.search_dims:
+            raise ConfigError("OptEmbedConfig(prune_rows=False, search_dims=False): nothing is left to choose")
+
+
+@register_strategy("optembed", OptEmbedConfig)
+class OptEmbedTables(PrunedTables):
+    """OptEmbed: Learning Optimal Embedding Table for Click-through Rate Prediction (Lyu et al., arXiv 2208.04482).
+
+    Three phases. *Supernet*: a row counts where its norm exceeds its table's learned threshold, with a long-tailed
+    surrogate derivative for the step, and every sample sees every field at a random width. *Search*: evolution of the
+    fields' widths on the supernet's weights, by validation quality. *Retrain*: rows and widths are fixed, the model
+    begins anew. Served are only kept rows, at their field's width.
+
+    Where it differs from the paper: under a budget, rows are kept by `score` per byte until the budget is used up to
+    less than a row, so that every candidate of the search has its price and the result is as small as was asked;
+    without one it is the paper's method, and as small as it happens to be. The search keeps the best candidates of all
+    rounds, never evaluates one twice, and its finalists are compared with batch norms of their own.
+    """
+
+    config: OptEmbedConfig
+    thresholds: nn.Parameter
+    importance: Tensor
+    _frequency: Tensor
+    _score: Tensor
+
+    def __init__(
+        self, specs: Sequence[TableSpec], config: OptEmbedConfig, counts: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self.stage = "fixed"
+        super().__init__(specs, config, counts)
+        self._rows_of_step: list[Tensor] = []
+        self._shown: tuple[Tensor, Tensor] | None = None
+        self._budget: RowBudget | None = None
+        number = self.rows.num_rows if config.threshold_per_id else self.num_tables
+        if config.prune_rows:
+            self.thresholds = nn.Parameter(torch.zeros(number), requires_grad=False)
+            if config.score == "taylor":
+                self.register_buffer("importance", torch.zeros(self.rows.num_rows))
+        self._keep_frequency(counts or {})
+
+    def _keep_frequency(self, counts: Mapping[str, Tensor]) -> None:
+        self._has_frequency = all(name in counts for name in self.names)
+        if self._has_frequency and not self.kept.is_meta:
+            padded = [torch.cat([counts[n].float(), torch.zeros(int(self.has_shared))]) for n in self.names]
+            self.register_buffer("_frequency", torch.cat(padded), persistent=False)
+
+    # ---- lookups ----------------------------------------------------------------------------------------------------
+
+    def lookup(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
+        if self.stage == "supernet":
+            return self._lookup_supernet(ids, table)
+        if self.stage == "candidates":
+            return self._lookup_candidates(ids, table)
+        return super().lookup(ids, table)
+
+    def _lookup_supernet(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
+        starts = self.pick(self._starts, table)
+        rows = ids + starts
+        vectors: Tensor = self.rows(rows, table)
+        if self.config.prune_rows:
+            gate = Step.apply(self._norms(vectors) - self._thresholds_of(rows, table)).unsqueeze(-1)
+            if self.has_shared:
+                gate = torch.where((ids == self.pick(self._sizes, table)).unsqueeze(-1), 1.0, gate)
+            out = vectors * gate
+            if self.config.pruned == "oov":
+                shared = (starts + self.pick(self._sizes, table)).expand_as(rows)
+                out = out + self.rows(shared, table) * (1 - gate)
+            vectors = out
+        if self.training:
+            if self.config.search_dims:
+                widths = torch.randint(1, self.embedding_dim + 1, vectors.shape[:-1], device=vectors.device)
+                vectors = vectors * self.prefix(widths)
+            self._note(rows, vectors)
+        return vectors
+
+    def _lookup_candidates(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
+        """Each block of ids is shown as its candidate has it; rows are read once for all blocks."""
+        assert self._shown is not None
+        widths, cuts = self._shown
+        number = len(widths)
+        if ids.shape[0] % number:
+            raise SpecError(f"{number} candidates are shown, ids of shape {tuple(ids.shape)} are not as many copies")
+        size = ids.shape[0] // number
+        ids = ids[:size]
+        if isinstance(table, Tensor) and table.dim() == ids.dim():
+            table = table[:size] if len(table) == size * number else table
+        rows = ids + self.pick(self._starts, table)
+        vectors: Tensor = self.rows(rows, table)
+        own = (slice(None), table) if table is not None else (slice(None),)
+        lead = [number, *(1 for _ in range(ids.dim() - (table is None)))]
+        shape = [*lead, self.num_tables] if table is None else lead
+        if isinstance(table, Tensor):
+            shape = [number, *(1 for _ in range(ids.dim() - table.dim())), *table.shape]
+        kept = self._score[rows] > cuts[own].view(shape)
+        shown = self.prefix(widths[own].view(shape)) & kept.unsqueeze(-1)
+        if self.config.pruned == "oov":
+            shared = self.rows(self.pick(self._starts, table) + self.pick(self._sizes, table) + 0 * ids, table)
+            vectors = torch.where(kept.unsqueeze(-1), vectors, shared)
+            shown = self.prefix(widths[own].view(shape)).expand(*kept.shape, self.embedding_dim)
+        return torch.where(shown, vectors, 0.0).flatten(0, 1)
+
+    def _norms(self, vectors: Tensor) -> Tensor:
+        return vectors.norm(p=self.config.norm, dim=-1)
+
+    def _thresholds_of(self, rows: Tensor, table: Tensor | int | None) -> Tensor:
+        return self.thresholds[rows] if self.config.threshold_per_id else self.pick(self.thresholds, table)
+
+    def _note(self, rows: Tensor, vectors: Tensor) -> None:
+        """Remember what this lookup says of its rows: that they were used, and what they are worth to the loss."""
+        if self.config.decay:
+            self._rows_of_step.append(rows.reshape(-1))
+        if self.config.prune_rows and self.config.score == "taylor" and vectors.requires_grad:
+            plain, importance = vectors.detach(), self.importance
+
+            def add(gradient: Tensor) -> None:
+                importance.index_add_(0, rows.reshape(-1), (gradient * plain).sum(-1).abs().reshape(-1).float())
+
+            vectors.register_hook(add)
+
+    # ---- phases -----------------------------------------------------------------------------------------------------
+
+    def phases(self) -> tuple[Phase, ...]:
+        config = self.config
+        trained = ("network", "tables", *(["architecture"] if config.prune_rows else []))
+        supernet = Phase(
+            "supernet",
+            trains=trained,
+            bilevel=config.bilevel and config.prune_rows,
+            epochs=config.supernet_epochs,
+            patience=config.supernet_patience,
+        )
+        search = (Phase("search", kind="search"),) if config.search_dims else ()
+        return (supernet, *search, Phase("retrain", penalty=False, rewind=config.retrain_from == "initial"))
+
+    def enter_phase_(self, phase: Phase) -> None:
+        if self.config.score in ("norm_frequency", "frequency") and not self._has_frequency:
+            raise ConfigError(
+                f"OptEmbedConfig(score={self.config.score!r}) needs counts of all tables: give counts= to plan or "
+                "compress_, or choose score='norm' or 'taylor'"
+            )
+        self.stage = "supernet" if phase.name == "supernet" else "fixed"
+
+    def leave_phase_(self, phase: Phase) -> None:
+        if phase.name == "supernet" and not self.config.search_dims:
+            self.adopt_((self.embedding_dim,) * self.num_tables)
+        self.stage = "fixed"
+        self._shown = None
+
+    def architecture(self) -> list[dict[str, Any]]:
+        return [{"params": [self.thresholds], "lr": self.config.threshold_lr}] if self.config.prune_rows else []
+
+    def penalty(self) -> Tensor:
+        if self.stage != "supernet" or not self.config.prune_rows:
+            return super().penalty()
+        # Of thresholds per id the mean of each table, so that alpha means the same.
+        if not self.config.threshold_per_id:
+            return self.config.alpha * torch.exp(-self.thresholds).sum()
+        parts = torch.exp(-self.thresholds).split(self.rows.segments)
+        return self.config.alpha * torch.stack([part.mean() for part in parts]).sum()
+
+    @torch.no_grad()
+    def step_(self) -> None:
+        if self._rows_of_step:
+            used = torch.cat(self._rows_of_step).unique()
+            weight = cast(Tensor, self.rows.weight)
+            weight[used] = weight[used] * (1 - self.config.decay)
+            self._rows_of_step = []
+
+    # ---- search -----------------------------------------------------------------------------------------------------
+
+    def make_search(self) -> Search:
+        budget = self._row_budget()
+        dim, config = self.embedding_dim, self.config
+        repair = None
+        if config.limit_bytes is not None and (config.constraint != "prune" or not config.prune_rows):
+            repair = Shrinker(budget, reject=config.constraint == "reject")
+        return Evolution(
+            [1] * self.num_tables,
+            [dim] * self.num_tables,
+            config.generations,
+            config.mutations,
+            config.crossovers,
+            config.parents,
+            config.mutation_probability,
+            repair=repair,
+            seeds=[(width,) * self.num_tables for width in sorted({dim, -(-dim // 2), -(-dim // 4)}, reverse=True)],
+            seed=config.seed,
+        )
+
+    def show_(self, candidates: Sequence[Candidate]) -> None:
+        budget, device = self._row_budget(), self.kept.device
+        cuts = [budget.cuts(candidate) for candidate in candidates]
+        widths = torch.tensor([list(candidate) for candidate in candidates], device=device)
+        self._shown = widths, torch.tensor(cuts, dtype=torch.float32, device=device)
+        self.stage = "candidates"
+
+    @torch.no_grad()
+    def adopt_(self, candidate: Candidate) -> None:
+        self.choose_(self._row_budget().kept(candidate), candidate)
+        del self._score
+        self._budget = None
+
+    def _row_budget(self) -> RowBudget:
+        """What the supernet's rows are worth; worked out once, when its training is over."""
+        if self._budget is None:
+            self._score = self._scores()
+            self._budget = RowBudget(self.specs, self.config, self._score, self.has_shared, form_bytes)
+        return self._budget
+
+    @torch.no_grad()
+    def _scores(self) -> Tensor:
+        """Score of every row, float32 ``(R,)``; of rows that the supernet drops as `RowBudget` has them."""
+        rows = torch.arange(self.rows.num_rows, device=self.kept.device)
+        owner = torch.repeat_interleave(
+            torch.arange(self.num_tables, device=rows.device), torch.tensor(self.rows.segments, device=rows.device)
+        )
+        norms = torch.cat(
+            [self._norms(self.rows(r, t)) for r, t in zip(rows.split(65536), owner.split(65536), strict=True)]
+        )
+        if not self.config.prune_rows:
+            return torch.full_like(norms, torch.inf)
+        score = self._ranked(norms)
+        kept = norms > self._thresholds_of(rows, owner)
+        score = torch.where(kept, score.clamp_min(TINY), -1 / score.clamp_min(TINY))
+        for start, size in zip(self.rows.starts(), self.sizes, strict=True):
+            score[start + size : start + size + self.has_shared] = torch.inf
+        return score
+
+    def _ranked(self, norms: Tensor) -> Tensor:
+        score = self.config.score
+        if score == "taylor":
+            return self.importance.clone()
+        if score == "norm" or (score == "auto" and not self._has_frequency):
+            return norms
+        return self._frequency.clone() if score == "frequency" else norms * self._frequency
+
+    def training_only(self) -> list[str]:
+        names = ["thresholds", "importance", "_frequency"]
+        return [*super().training_only(), *(name for name in names if hasattr(self, name))]
+
+
+class Step(torch.autograd.Function):
+    """``1[x > 0]``, with the long-tailed derivative ``2 − 4|x|`` up to 0.4, 0.4 up to 1, and 0 beyond."""
+
+    @staticmethod
+    def forward(ctx: Any, margin: Tensor) -> Tensor:
+        """Compare float ``(...)`` with zero."""
+        ctx.save_for_backward(margin)
+        return (margin > 0).to(margin.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Multiply by the surrogate derivative."""
+        size = ctx.saved_tensors[0].abs()
+        slope = torch.where(size <= 0.4, 2 - 4 * size, torch.where(size <= 1, 0.4, 0.0))
+        return gradient * slope

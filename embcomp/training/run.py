@@ -1,0 +1,245 @@
+"""Phases in any training loop: what is trained when, the loss of a step, and searches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from embcomp.config import strategy_of
+from embcomp.errors import ConfigError
+from embcomp.phases import PLAIN, Phase
+from embcomp.sites import find_groups
+from embcomp.tables import EmbeddingTables
+from embcomp.training.search import Search
+from embcomp.training.searching import Evaluate, EvaluateMany, Report, SearchLoop, SearchResult
+
+Predict = Callable[[], Tensor]
+Loss = Callable[[Tensor], Tensor]
+
+
+class Phases:
+    """Takes a model through the phases of its tables' strategy, whatever loop trains it.
+
+        phases = Phases(model)
+        for phase in phases:
+            phases.enter_(phase)
+            if phase.is_search:
+                phases.search_(evaluate)
+            else:
+                ...                          # make an optimizer of phases.parameters(); then, for every batch:
+                phases.loss(predict, loss).backward()
+                optimizer.step()
+                phases.step_()
+            phases.leave_(phase)
+
+    Args:
+        model: with compressed tables; several groups of them may go through the same phases, those that have only one
+            train along with the network.
+
+    Raises:
+        ConfigError: if the model has no compressed tables, or two strategies with different phases.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.groups = list(find_groups(model).values())
+        if not self.groups:
+            raise ConfigError(f"{type(model).__name__} has no compressed tables: call compress_ first")
+        self.phases = _common_phases(self.groups)
+        self.phase = self.phases[0]
+        self._architecture = [group for tables in self.groups for group in tables.architecture()]
+        chosen = {id(p) for group in self._architecture for p in group["params"]}
+        of_tables = {id(p): p for tables in self.groups for p in tables.parameters()}
+        trained = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+        self._own = {
+            "network": [p for p in trained if id(p) not in of_tables],
+            "tables": [p for p in trained if id(p) in of_tables],
+            "architecture": [p for group in self._architecture for p in group["params"]],
+        }
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._searches: dict[int, Search] = {}
+        self.initial = self._weights() if any(phase.rewind for phase in self.phases) else {}
+
+    def __iter__(self) -> Iterator[Phase]:
+        return iter(self.phases)
+
+    # ---- phases -----------------------------------------------------------------------------------------------------
+
+    def enter_(self, phase: Phase) -> None:
+        """Begin a phase: rewind if it says so, and let only what it trains have gradients."""
+        self.phase = phase
+        if phase.rewind:
+            self._rewind()
+        for name, parameters in self._own.items():
+            for p in parameters:
+                p.requires_grad_(name in phase.trains and not phase.is_search)
+        for tables in self._concerned(phase):
+            tables.enter_phase_(phase)
+        self._optimizer = None
+        if self._own["architecture"] and "architecture" in phase.trains:
+            self._optimizer = torch.optim.SGD(self._architecture)
+
+    def leave_(self, phase: Phase) -> None:
+        """End a phase; afterwards all but architecture parameters has gradients again."""
+        for tables in self._concerned(phase):
+            tables.leave_phase_(phase)
+        for name, parameters in self._own.items():
+            for p in parameters:
+                p.requires_grad_(name != "architecture")
+                p.grad = None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the loop's optimizer trains in this phase; architecture parameters have their own, inside `step_`."""
+        chosen = {id(p) for name in ("network", "tables") if name in self.phase.trains for p in self._own[name]}
+        return [p for p in self.model.parameters() if id(p) in chosen]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the model: first weights, and optimizers of architecture parameters."""
+        return {
+            "initial": self.initial,
+            "architecture": None if self._optimizer is None else self._optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a `state_dict`, in the phase that it is of."""
+        self.initial = dict(state["initial"])
+        if self._optimizer is not None and state["architecture"] is not None:
+            self._optimizer.load_state_dict(state["architecture"])
+
+    # ---- steps ------------------------------------------------------------------------------------------------------
+
+    def loss(self, predict: Predict, loss: Loss) -> Tensor:
+        """The loss of a training step.
+
+        Args:
+            predict: runs the model on the batch: logits ``(B,)``, or ``(B, …)``. Called once per pass of the phase.
+            loss: the task's loss of such logits, a scalar.
+
+        Returns:
+            The mean over passes, plus distillation and the tables' penalty where the phase has them: a scalar.
+        """
+        passes = self.phase.passes
+        total = self._over_passes(passes, predict, loss) if passes else loss(predict())
+        if self.phase.penalty:
+            total = total + torch.stack([tables.penalty() for tables in self.groups]).sum()
+        return total
+
+    def _over_passes(self, passes: Sequence[str], predict: Predict, loss: Loss) -> Tensor:
+        losses: list[Tensor] = []
+        teacher: Tensor | None = None
+        for name in passes:
+            for tables in self.groups:
+                tables.set_pass_(name)
+            logits = predict()
+            losses.append(loss(logits))
+            if teacher is None:
+                teacher = logits.detach()
+            elif self.phase.distill:
+                losses[-1] = losses[-1] + self.phase.distill * _divergence(teacher, logits)
+        for tables in self.groups:
+            tables.set_pass_(passes[0])
+        return torch.stack(losses).mean()
+
+    def step_(self) -> None:
+        """After the loop's optimizer: the step of architecture parameters, and what strategies do after one."""
+        if self._optimizer is not None and not self.phase.bilevel:
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+        for tables in self.groups:
+            tables.step_()
+
+    def architecture_step_(self, predict: Predict, loss: Loss) -> None:
+        """In a bilevel phase, after `step_`: a step of the architecture parameters alone, on a validation batch."""
+        if self._optimizer is None or not self.phase.bilevel:
+            raise ConfigError(f"phase {self.phase.name!r} is not bilevel: there is no step on validation batches")
+        self._optimizer.zero_grad(set_to_none=True)
+        self.loss(predict, loss).backward()
+        self._optimizer.step()
+        for parameters in self._own.values():
+            for p in parameters:
+                p.grad = None
+
+    # ---- searches ---------------------------------------------------------------------------------------------------
+
+    def search_(
+        self,
+        evaluate: Evaluate,
+        evaluate_many: EvaluateMany | None = None,
+        recalibrate: Callable[[], None] | None = None,
+        at_once: int = 8,
+        num_finalists: int = 5,
+        checkpoint: str | Path | None = None,
+        report: Report | None = None,
+    ) -> SearchResult:
+        """Run the search of this phase, and adopt what it finds; several groups are searched one after the other.
+
+        Where an evaluation raises, or is interrupted, nothing is lost: call it again to go on from the last round.
+
+        Args:
+            evaluate: how good the model is with the tables as they are, higher being better, on validation rows.
+            evaluate_many: ``(P) -> P values`` for P candidates at once, for a model that is called with ids
+                ``(P·B, …)`` that are P copies of each batch; may look at fewer rows, the same ones for all. None to
+                call ``evaluate`` for each.
+            recalibrate: runs the model on training batches; for finalists batch-norm statistics are taken from that.
+            at_once: P, at most.
+            num_finalists: candidates that are compared by ``evaluate``, once ``evaluate_many`` has found them.
+            checkpoint: JSON file that every round is saved to, whole, and that a later call goes on from.
+            report: called with rounds done, rounds at most, and the best value, after every round.
+
+        Raises:
+            InputError: if an evaluation is no finite number.
+            IncompatibleStateError: if the checkpoint is of another search.
+        """
+        loop = SearchLoop(self.model, evaluate, evaluate_many, recalibrate, at_once, num_finalists, report)
+        path = None if checkpoint is None else Path(checkpoint)
+        searching, results = self._concerned(self.phase), []
+        for number, tables in enumerate(searching):
+            search = self._searches.setdefault(number, tables.make_search())
+            own = path if path is None or number == 0 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+            results.append(loop.run(tables, search, own))
+        self._searches.clear()
+        if path is not None:
+            path.unlink(missing_ok=True)
+        return results[-1]
+
+    # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _concerned(self, phase: Phase) -> list[EmbeddingTables]:
+        return [tables for tables in self.groups if phase in tables.phases()]
+
+    def _weights(self) -> dict[str, Tensor]:
+        """What a rewind restores: all but architecture parameters and tables' buffers, which hold what was chosen."""
+        chosen = {id(p) for p in self._own["architecture"]}
+        buffers = {id(b) for tables in self.groups for b in tables.buffers()}
+        state = self.model.state_dict(keep_vars=True)
+        return {n: t.detach().clone() for n, t in state.items() if id(t) not in chosen and id(t) not in buffers}
+
+    @torch.no_grad()
+    def _rewind(self) -> None:
+        state = self.model.state_dict(keep_vars=True)
+        for name, tensor in self.initial.items():
+            state[name].copy_(tensor)
+
+
+def _divergence(teacher: Tensor, logits: Tensor) -> Tensor:
+    """Kullback–Leibler divergence from the teacher: of Bernoulli logits ``(B,)``, or categorical ones ``(B, C)``."""
+    if logits.dim() == 1:
+        wanted = torch.sigmoid(teacher)
+        entropy = F.binary_cross_entropy_with_logits(teacher, wanted)
+        return F.binary_cross_entropy_with_logits(logits, wanted) - entropy
+    return F.kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="batchmean")
+
+
+def _common_phases(groups: Sequence[EmbeddingTables]) -> tuple[Phase, ...]:
+    found = {tables.phases(): strategy_of(tables.config).name for tables in groups if tables.phases() != PLAIN}
+    if len(found) > 1:
+        raise ConfigError(
+            f"the strategies {' and '.join(found.values())} train in different phases, so one model can't have both: "
+            "give all its tables one of them"
+        )
+    return next(iter(found), PLAIN)

@@ -1,0 +1,49 @@
+"""Searches over a table group's form: they ask for candidates to be evaluated, and are told how good those are."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+Candidate = tuple[int, ...]
+"""A form that tables may take: one int per gene, such as the width of each field."""
+
+
+class Search(ABC):
+    """A search that a loop can drive, stop and resume: ``while candidates := search.ask(): search.tell(values)``.
+
+    `ask` returns the same candidates until they are told of, so nothing is lost where an evaluation raises. Every
+    candidate is asked for once.
+
+    Attributes:
+        known: candidate -> its value, higher being better, of all that were evaluated.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[Candidate, float] = {}
+
+    @abstractmethod
+    def ask(self) -> list[Candidate]:
+        """The candidates to evaluate next; none when the search is over."""
+
+    @abstractmethod
+    def tell(self, values: Sequence[float]) -> None:
+        """Take the values of the candidates that `ask` returned, in order."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """All that is needed to go on, as JSON values."""
+
+    @abstractmethod
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+
+    @property
+    @abstractmethod
+    def progress(self) -> tuple[int, int]:
+        """Rounds done, and rounds there will be at most."""
+
+    def best(self, number: int = 1) -> list[Candidate]:
+        """The best candidates so far, best first; of equally good ones those that came first."""
+        return sorted(self.known, key=lambda candidate: -self.known[candidate])[:number]

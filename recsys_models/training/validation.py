@@ -1,0 +1,78 @@
+"""How a search's candidates are compared: on the validation split, many at once on few rows, the best on all."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from sklearn.metrics import log_loss, roc_auc_score
+
+from recsys_models.ctr import CTRModel
+from recsys_models.data import Batch, ClickLog
+from recsys_models.metrics import CLIP, evaluate
+from recsys_models.training.config import TrainingConfig
+
+RECALIBRATION_BATCHES = 20
+
+
+class ValidationSearch:
+    """The callbacks that `embcomp.training.Phases.search_` asks for, higher being better.
+
+    Args:
+        model: on the device.
+        data: whose validation split decides, and whose train split recalibrates batch norms.
+        config: which metric, how many rows, and the seed that chooses them.
+        device: where batches go.
+    """
+
+    def __init__(self, model: CTRModel, data: ClickLog, config: TrainingConfig, device: torch.device) -> None:
+        self.model, self.config = model, config
+        self.validation = data.validation.batches(config.eval_batch_size, device=device)
+        number = len(data.validation) if config.search_rows is None else min(config.search_rows, len(data.validation))
+        self._sample = self._one_batch(data, number, device)
+        self._labels = self._sample.labels.cpu().numpy()
+        self._train = data.train.batches(config.batch_size, shuffle=True, seed=config.seed, device=device)
+
+    def evaluate(self) -> float:
+        """The monitored metric on the whole split."""
+        metrics = evaluate(self.model, self.validation)
+        return self.config.sign * (metrics.auc if self.config.monitor == "auc" else metrics.log_loss)
+
+    def evaluate_many(self, number: int) -> list[float]:
+        """The monitored metric of the candidates that are shown, on the sample."""
+        size = max(self.config.eval_batch_size // number, 1)
+        was_training, parts = self.model.training, []
+        self.model.eval()
+        try:
+            with torch.inference_mode():
+                for start in range(0, len(self._labels), size):
+                    rows = slice(start, start + size)
+                    ids, dense = self._sample.ids[rows], self._sample.dense[rows]
+                    logits = self.model(ids.repeat(number, 1), dense.repeat(number, 1))
+                    parts.append(logits.view(number, -1).double().cpu().numpy())
+        finally:
+            self.model.train(was_training)
+        return [self._value(logits) for logits in np.concatenate(parts, axis=1)]
+
+    def recalibrate(self) -> None:
+        """Run the model on some training batches."""
+        for index, batch in enumerate(self._train.epoch(0)):
+            if index == RECALIBRATION_BATCHES:
+                break
+            self.model(batch.ids, batch.dense)
+
+    def _value(self, logits: np.ndarray) -> float:
+        if self.config.monitor == "auc":
+            return float(roc_auc_score(self._labels, logits))
+        probabilities = np.clip(1 / (1 + np.exp(-logits)), CLIP, 1 - CLIP)
+        return -float(log_loss(self._labels, probabilities, labels=[0, 1]))
+
+    def _one_batch(self, data: ClickLog, number: int, device: torch.device) -> Batch:
+        """A sample of the split, with both labels in it where the split has both."""
+        everything = data.validation.batches(len(data.validation), shuffle=True, seed=self.config.seed, device=device)
+        batch = next(everything.epoch(0))
+        labels = batch.labels[:number]
+        if bool((labels == labels[0]).all()):
+            other = (batch.labels != labels[0]).nonzero().flatten()[:1]
+            rows = torch.cat([torch.arange(number - len(other), device=device), other])
+            return Batch(batch.ids[rows], batch.dense[rows], batch.labels[rows])
+        return Batch(batch.ids[:number], batch.dense[:number], labels)
