@@ -42,40 +42,73 @@ class RowBudget:
             part[: spec.num_embeddings].cpu().double().numpy()
             for part, spec in zip(score.split(self.segments), specs, strict=True)
         ]
-        self._is_ordered = [bool((row[1:] <= row[:-1]).all()) for row in rows]
-        self._sorted = [np.sort(row) for row in rows]
+        self.sizes = np.array([len(row) for row in rows])
+        self.num_wanted = [int((row > 0).sum()) for row in rows]
+        self.is_ordered = [bool((row[1:] <= row[:-1]).all()) for row in rows]
+        fees = zip(self.is_ordered, specs, strict=True)
+        self._fees = np.array([0 if ordered else remap_bytes(spec.num_embeddings) for ordered, spec in fees])
+        # Ranks among all scores, sorted within each table and set apart by table: one search answers for all tables.
+        self._all = np.sort(np.concatenate(rows))
+        self._apart = np.arange(len(rows)) * (len(self._all) + 1)
+        ranks = [np.sort(np.searchsorted(self._all, row, side="right")) for row in rows]
+        self._ranks = np.concatenate([own + apart for own, apart in zip(ranks, self._apart, strict=True)])
+        self._ends = np.cumsum(self.sizes)
         self._costs: dict[int, float] = {}
 
     # ---- what candidates keep ---------------------------------------------------------------------------------------
 
     def cuts(self, widths: Candidate) -> list[float]:
-        """Scores above which rows are kept, one for each table, so that the form fits the budget."""
+        """Scores above which rows are kept, one for each table, so that the form fits the budget to within a row."""
         if self.config.limit_bytes is None:
             return [0.0] * len(widths)
+        width, prices = np.array(widths), np.array([self._row_bytes(width) for width in widths])
+        left = self.config.limit_bytes - self.bytes_of(widths, [0] * len(widths))
         low, high = _LOWEST, _HIGHEST  # the highest density keeps nothing that can be left out
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if self._fits(widths, middle) else (middle, high)
-        number = self._numbers(widths, high)
-        return [
-            -math.inf if kept == len(rows) else _cut(_density_of(high), width)
-            for kept, rows, width in zip(number, self._sorted, widths, strict=True)
-        ]
+            fits = self._cost(self._numbers(_cut(_density_of(middle), width), prices), prices) <= left
+            low, high = (low, middle) if fits else (middle, high)
+        cut = _cut(_density_of(high), width)
+        found: list[float] = np.where(self._numbers(cut, prices) == self.sizes, -math.inf, cut).tolist()
+        return found
 
     def kept(self, widths: Candidate) -> Tensor:
-        """The rows that are kept, bool ``(R,)``: those of `cuts`, and the next ones that still fit."""
+        """The rows that are kept, bool ``(R,)``: the best per value, as many as fit exactly."""
         scores = self.score.split(self.segments)
-        cuts = self.cuts(widths)
-        kept = [own.double() > cut for own, cut in zip(scores, cuts, strict=True)]
-        if self.config.limit_bytes is not None:
-            self._fill(kept, widths)
+        if self.config.limit_bytes is None:
+            return self.score > 0
+        ranked, owners, places = [], [], []
+        for table, (part, spec, width) in enumerate(zip(scores, self.specs, widths, strict=True)):
+            own = part[: spec.num_embeddings].cpu().double().numpy()
+            ranked.append(np.where(own > 0, own / width, own * width))
+            owners.append(np.full(len(own), table))
+            places.append(np.arange(len(own)))
+        order = np.argsort(-np.concatenate(ranked), kind="stable")
+        owner, place = np.concatenate(owners)[order], np.concatenate(places)[order]
+        prices = np.array([self._row_bytes(width) for width in widths])
+
+        def numbers(first: int) -> list[int]:
+            found: list[int] = self._completed(np.bincount(owner[:first], minlength=len(widths)), prices).tolist()
+            return found
+
+        low, high = 0, len(owner)
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.bytes_of(widths, numbers(middle)) <= self.config.limit_bytes
+            low, high = (middle, high) if fits else (low, middle - 1)
+        kept = [torch.zeros_like(part, dtype=torch.bool) for part in scores]
+        for table, (flags, number) in enumerate(zip(kept, numbers(low), strict=True)):
+            if number == self.specs[table].num_embeddings:
+                flags[:] = True
+            else:
+                flags[torch.from_numpy(place[:low][owner[:low] == table]).to(flags.device)] = True
         return torch.cat(kept)
 
-    def bytes_of(self, widths: Candidate, number: Sequence[int], is_first: Sequence[bool]) -> int:
-        """Serve bytes of a form, by the numbers of kept rows and whether they are the first ones."""
+    def bytes_of(self, widths: Candidate, number: Sequence[int]) -> int:
+        """Serve bytes of a form, by the numbers of kept rows."""
         names = [spec.name for spec in self.specs]
         partly = [0 < n < spec.num_embeddings for n, spec in zip(number, self.specs, strict=True)]
-        remapped = [some and not first for some, first in zip(partly, is_first, strict=True)]
+        remapped = [some and not ordered for some, ordered in zip(partly, self.is_ordered, strict=True)]
         config = replace(
             self.config,
             num_kept=dict(zip(names, map(int, number), strict=True)),
@@ -87,18 +120,18 @@ class RowBudget:
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
-    def _fits(self, widths: Candidate, level: int) -> bool:
-        return self.bytes_of(widths, self._numbers(widths, level), self._is_ordered) <= self.config.limit_bytes
+    def _numbers(self, cut: np.ndarray, prices: np.ndarray) -> np.ndarray:
+        """Rows of each table whose scores are above its cut."""
+        rank = np.searchsorted(self._all, cut, side="right")
+        return self._completed(self._ends - np.searchsorted(self._ranks, self._apart + rank, side="right"), prices)
 
-    def _numbers(self, widths: Candidate, level: int) -> list[int]:
-        """Rows of each table whose density is above a level; all of them where the rest costs less than the remap."""
-        density, numbers = _density_of(level), []
-        for rows, width, ordered, spec in zip(self._sorted, widths, self._is_ordered, self.specs, strict=True):
-            number = len(rows) - int(np.searchsorted(rows, _cut(density, width), side="right"))
-            fee = 0 if ordered else remap_bytes(spec.num_embeddings)
-            rest = self._row_bytes(width) * (len(rows) - number)
-            numbers.append(len(rows) if number > 0 and rest <= fee else number)
-        return numbers
+    def _completed(self, numbers: np.ndarray, prices: np.ndarray) -> np.ndarray:
+        """Keep tables whole where the rows that are left out cost less than saying which they are."""
+        return np.where((numbers > 0) & (prices * (self.sizes - numbers) <= self._fees), self.sizes, numbers)
+
+    def _cost(self, numbers: np.ndarray, prices: np.ndarray) -> float:
+        partly = (numbers > 0) & (numbers < self.sizes)
+        return float((numbers * prices + self._fees * partly).sum())
 
     def _row_bytes(self, width: int) -> float:
         """Bytes of one more row, from the difference that a thousand make."""
@@ -113,40 +146,9 @@ class RowBudget:
             self._costs[width] = (sizes[1] - sizes[0]) / 1000
         return self._costs[width]
 
-    def _fill(self, kept: list[Tensor], widths: Candidate) -> None:
-        """Add the best rows that are left, as many as fit; then whole tables, where that saves their remap."""
-        scores, owners, places = [], [], []
-        for table, (flags, width) in enumerate(zip(kept, widths, strict=True)):
-            left = (~flags).nonzero().squeeze(1).cpu().numpy()
-            own = self.score.split(self.segments)[table].cpu().double().numpy()[left]
-            scores.append(np.where(own > 0, own / width, own * width))
-            owners.append(np.full(len(left), table))
-            places.append(left)
-        if not sum(map(len, scores)):
-            return
-        order = np.argsort(-np.concatenate(scores), kind="stable")
-        owner, place = np.concatenate(owners)[order], np.concatenate(places)[order]
-        number = np.array([int(flags[: s.num_embeddings].sum()) for flags, s in zip(kept, self.specs, strict=True)])
-        low, high = 0, len(owner)
-        while low < high:
-            middle = (low + high + 1) // 2
-            more = (number + np.bincount(owner[:middle], minlength=len(kept))).tolist()
-            fits = self.bytes_of(widths, more, self._is_ordered) <= self.config.limit_bytes
-            low, high = (middle, high) if fits else (low, middle - 1)
-        for table, flags in enumerate(kept):
-            flags[torch.from_numpy(place[:low][owner[:low] == table]).to(flags.device)] = True
-        self._complete(kept, widths)
-
-    def _complete(self, kept: list[Tensor], widths: Candidate) -> None:
-        for table in sorted(range(len(kept)), key=lambda t: self.segments[t]):
-            number = [int(flags[: s.num_embeddings].sum()) for flags, s in zip(kept, self.specs, strict=True)]
-            number[table] = self.specs[table].num_embeddings
-            if self.bytes_of(widths, number, self._is_ordered) <= self.config.limit_bytes:
-                kept[table][:] = True
-
 
 class Shrinker:
-    """Brings widths within a budget at which the rows that should stay can all stay.
+    """Brings widths within a budget at which all rows that the supernet keeps can stay.
 
     Args:
         budget: of the group.
@@ -155,7 +157,6 @@ class Shrinker:
 
     def __init__(self, budget: RowBudget, reject: bool = False) -> None:
         self.budget, self.reject = budget, reject
-        self._wanted = [int((rows > 0).sum()) for rows in budget._sorted]
 
     def __call__(self, candidate: Candidate, random: np.random.Generator) -> Candidate | None:
         widths = list(candidate)
@@ -168,8 +169,7 @@ class Shrinker:
         return tuple(widths)
 
     def _fits(self, widths: Candidate) -> bool:
-        size = self.budget.bytes_of(widths, self._wanted, self.budget._is_ordered)
-        return size <= self.budget.config.limit_bytes
+        return self.budget.bytes_of(widths, self.budget.num_wanted) <= self.budget.config.limit_bytes
 
 
 def _density_of(level: int) -> float:
@@ -179,6 +179,6 @@ def _density_of(level: int) -> float:
     return size if level >= 0 else -size
 
 
-def _cut(density: float, width: int) -> float:
-    """The score that has a density at a width."""
+def _cut(density: float, width: np.ndarray) -> np.ndarray:
+    """The scores that have a density at some widths."""
     return density * width if density > 0 else density / width

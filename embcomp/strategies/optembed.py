@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from embcomp.config import check_at_least, check_choice, register_strategy
-from embcomp.errors import ConfigError, SpecError
+from embcomp.errors import ConfigError
 from embcomp.phases import Phase
 from embcomp.specs import TableSpec
+from embcomp.strategies._candidates import first_block, owners
 from embcomp.strategies._pruned import PrunedConfig, PrunedTables, form_bytes
 from embcomp.strategies._row_budget import RowBudget, Shrinker
 from embcomp.training.evolution import Evolution
@@ -155,11 +156,11 @@ class OptEmbedTables(PrunedTables):
             gate = Step.apply(self._norms(vectors) - self._thresholds_of(rows, table)).unsqueeze(-1)
             if self.has_shared:
                 gate = torch.where((ids == self.pick(self._sizes, table)).unsqueeze(-1), 1.0, gate)
-            out = vectors * gate
             if self.config.pruned == "oov":
-                shared = (starts + self.pick(self._sizes, table)).expand_as(rows)
-                out = out + self.rows(shared, table) * (1 - gate)
-            vectors = out
+                shared = self._shared_vectors(table)
+                vectors = shared + (vectors - shared) * gate
+            else:
+                vectors = vectors * gate
         if self.training:
             if self.config.search_dims:
                 widths = torch.randint(1, self.embedding_dim + 1, vectors.shape[:-1], device=vectors.device)
@@ -171,30 +172,24 @@ class OptEmbedTables(PrunedTables):
         """Each block of ids is shown as its candidate has it; rows are read once for all blocks."""
         assert self._shown is not None
         widths, cuts = self._shown
-        number = len(widths)
-        if ids.shape[0] % number:
-            raise SpecError(f"{number} candidates are shown, ids of shape {tuple(ids.shape)} are not as many copies")
-        size = ids.shape[0] // number
-        ids = ids[:size]
-        if isinstance(table, Tensor) and table.dim() == ids.dim():
-            table = table[:size] if len(table) == size * number else table
-        rows = ids + self.pick(self._starts, table)
+        ids, table = first_block(ids, table, len(widths))
+        rows, owner = ids + self.pick(self._starts, table), owners(ids, table, self.num_tables)
         vectors: Tensor = self.rows(rows, table)
-        own = (slice(None), table) if table is not None else (slice(None),)
-        lead = [number, *(1 for _ in range(ids.dim() - (table is None)))]
-        shape = [*lead, self.num_tables] if table is None else lead
-        if isinstance(table, Tensor):
-            shape = [number, *(1 for _ in range(ids.dim() - table.dim())), *table.shape]
-        kept = self._score[rows] > cuts[own].view(shape)
-        shown = self.prefix(widths[own].view(shape)) & kept.unsqueeze(-1)
+        kept = (self._score[rows] > cuts[:, owner]).unsqueeze(-1)
+        shown = self.prefix(widths[:, owner])
         if self.config.pruned == "oov":
-            shared = self.rows(self.pick(self._starts, table) + self.pick(self._sizes, table) + 0 * ids, table)
-            vectors = torch.where(kept.unsqueeze(-1), vectors, shared)
-            shown = self.prefix(widths[own].view(shape)).expand(*kept.shape, self.embedding_dim)
+            vectors = torch.where(kept, vectors, self._shared_vectors(table))
+        else:
+            shown = shown & kept
         return torch.where(shown, vectors, 0.0).flatten(0, 1)
 
+    def _shared_vectors(self, table: Tensor | int | None) -> Tensor:
+        """What ids without a row get: float32 ``(T, D)``, or broadcastable to ``table`` and D."""
+        vectors: Tensor = self.rows(self._starts + self._sizes, None)
+        return self.pick(vectors, table)
+
     def _norms(self, vectors: Tensor) -> Tensor:
-        return vectors.norm(p=self.config.norm, dim=-1)
+        return vectors.abs().sum(-1) if self.config.norm == 1 else vectors.norm(dim=-1)
 
     def _thresholds_of(self, rows: Tensor, table: Tensor | int | None) -> Tensor:
         return self.thresholds[rows] if self.config.threshold_per_id else self.pick(self.thresholds, table)

@@ -33,7 +33,7 @@ class Evolution(Search):
         num_parents: candidates that parents are drawn from.
         mutation_probability: of each gene.
         patience: rounds without a better candidate after which the search ends; None for never.
-        repair: brings candidates within a budget.
+        repair: brings candidates within a budget; where no draw is allowed, the search begins with ``low``.
         seeds: candidates of the first round beside the random ones, which they replace.
         seed: of all draws.
     """
@@ -68,15 +68,17 @@ class Evolution(Search):
         return list(self._pending)
 
     def tell(self, values: Sequence[float]) -> None:
-        asked = self.ask()
+        told = dict(zip(self.ask(), map(float, values), strict=True))
         before = max(self.known.values(), default=-np.inf)
-        self.known.update(zip(asked, map(float, values), strict=True))
+        self.known |= told
         self.stale = 0 if max(self.known.values()) > before else self.stale + 1
         self.generation += 1
         self._pending = None
 
     def state(self) -> dict[str, Any]:
         return {
+            "low": list(self.low),
+            "high": list(self.high),
             "generation": self.generation,
             "stale": self.stale,
             "known": [[list(candidate), value] for candidate, value in self.known.items()],
@@ -85,10 +87,14 @@ class Evolution(Search):
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        self.generation, self.stale = state["generation"], state["stale"]
-        self.known = {tuple(candidate): value for candidate, value in state["known"]}
-        self._pending = None if state["pending"] is None else [tuple(candidate) for candidate in state["pending"]]
-        self._random.bit_generator.state = state["random"]
+        ranges = tuple(state["low"]), tuple(state["high"])
+        if ranges != (self.low, self.high):
+            raise ValueError(f"a search of values from {ranges[0]} to {ranges[1]}, not from {self.low} to {self.high}")
+        known = {tuple(candidate): float(value) for candidate, value in state["known"]}
+        pending = None if state["pending"] is None else [tuple(candidate) for candidate in state["pending"]]
+        generation, stale = int(state["generation"]), int(state["stale"])
+        self._random.bit_generator.state = state["random"]  # the last that may raise, so that nothing is half done
+        self.known, self._pending, self.generation, self.stale = known, pending, generation, stale
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -103,7 +109,7 @@ class Evolution(Search):
                 self._add(found, partial(tuple, seed), tries=1)
             while len(found) < size and self._add(found, self._draw):
                 pass
-            return found
+            return found or [self.low]
         parents = self.best(self.num_parents)
         for number in range(size):
             crossing = number >= self.num_mutations and len(parents) > 1 and len(self.low) > 1

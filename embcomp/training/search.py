@@ -47,3 +47,7 @@ class Search(ABC):
     def best(self, number: int = 1) -> list[Candidate]:
         """The best candidates so far, best first; of equally good ones those that came first."""
         return sorted(self.known, key=lambda candidate: -self.known[candidate])[:number]
+
+    def finalists(self, number: int) -> list[Candidate]:
+        """The candidates that one is chosen from in the end, at most ``number``, the likeliest first."""
+        return self.best(number)

@@ -79,10 +79,10 @@ class SearchLoop:
     def _best(self, tables: EmbeddingTables, search: Search) -> tuple[Candidate, float]:
         """The best of the finalists by the full evaluation, batch norms recalibrated for each."""
         if self.evaluate_many is None and self.recalibrate is None:
-            chosen = search.best()[0]
+            chosen = search.finalists(1)[0]
             return chosen, search.known[chosen]
         values: dict[Candidate, float] = {}
-        for candidate in search.best(self.num_finalists):
+        for candidate in search.finalists(self.num_finalists):
             tables.show_([candidate])
             with contextlib.nullcontext() if self.recalibrate is None else recalibrated(self.model, self.recalibrate):
                 values.update(zip([candidate], _checked([self.evaluate()], [candidate]), strict=True))

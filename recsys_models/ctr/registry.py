@@ -12,12 +12,16 @@ from recsys_models.ctr.dcnv2 import DCNv2
 from recsys_models.ctr.deepfm import DeepFM
 from recsys_models.ctr.dlrm import DLRM
 from recsys_models.ctr.fm import FM
+from recsys_models.ctr.fnn import FNN
+from recsys_models.ctr.ipnn import IPNN
 from recsys_models.ctr.lr import LR
 from recsys_models.ctr.widedeep import WideDeep
 
 MODELS: dict[str, type[CTRModel]] = {
     "lr": LR,
     "fm": FM,
+    "fnn": FNN,
+    "ipnn": IPNN,
     "deepfm": DeepFM,
     "widedeep": WideDeep,
     "dcnv2": DCNv2,

@@ -1,4 +1,4 @@
-"""Click logs: readers of the original formats of public data sets, a synthetic one, and mini-batches.
+"""Click logs: readers of the original formats of public data sets, synthetic ones, and mini-batches.
 
 The one entry point is :func:`load_dataset`. It reads a data set in its original format once, encodes it with ids by
 train frequency, and keeps the result memory-mapped in a cache.

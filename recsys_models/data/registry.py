@@ -22,12 +22,14 @@ from recsys_models.data.readers.lastfm_tags import LastfmTags
 from recsys_models.data.readers.movielens_1m import MovieLens1M
 from recsys_models.data.readers.movielens_100k import MovieLens100K
 from recsys_models.data.readers.synthetic import Synthetic
+from recsys_models.data.readers.synthetic_criteo import SyntheticCriteo
 from recsys_models.data.splits import SPLIT_NAMES
 
 ROOT_VARIABLE = "EMBCOMP_DATA"
 
 READERS: Mapping[str, type[Reader]] = {
-    reader.name: reader for reader in (Frappe, MovieLens1M, MovieLens100K, LastfmTags, Criteo, Avazu, Synthetic)
+    reader.name: reader
+    for reader in (Frappe, MovieLens1M, MovieLens100K, LastfmTags, Criteo, Avazu, Synthetic, SyntheticCriteo)
 }
 
 
@@ -45,7 +47,7 @@ def load_dataset(
         name: one of :func:`list_datasets`.
         root: the folder that holds the data sets in sub-folders (``frappe/``, ``ml-1m/``, ``ml-100k/``,
             ``hetrec-lastfm/``, ``criteo/``, ``avazu/``), or the folder of this one; default: the environment variable
-            ``EMBCOMP_DATA``. The synthetic data set needs none.
+            ``EMBCOMP_DATA``. The synthetic data sets need none.
         cache_dir: where encoded data are kept, memory-mapped; default: ``EMBCOMP_CACHE`` or ``~/.cache/embcomp``.
         options: of the reader; see its class. All readers have ``min_count``, ``split_seed`` and ``max_malformed``.
 

@@ -29,6 +29,6 @@ def tiny_log(rows=(600, 200, 200), sizes=SIZES, num_dense=0, seed=0, **replaced)
 def tiny_model(data, name="deepfm", strategy="full", budget=None, dim=4, init_std=0.01, **options):
     """A model for `tiny_log`, the same at every call but for torch's global generator."""
     specs = get_model(name).table_specs(data.fields, dim, init_std)
-    if name in ("deepfm", "widedeep", "dcnv2", "dlrm"):
+    if name in ("fnn", "ipnn", "deepfm", "widedeep", "dcnv2", "dlrm"):
         options = {"hidden_units": (16, 8), **options}
     return build_model(name, build_tables(specs, strategy, budget), len(data.dense_names), **options)

@@ -23,6 +23,21 @@ _EXPECTED = (
 _LOG_SHIFT = {"I2": 4}
 
 
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Consecutive rows as Criteo has them, gaps as :data:`~recsys_models.data.rows.MISSING`.
+
+    Args:
+        integers: int64 ``(n, 13)``.
+        categories: int64 ``(n, 26)``.
+        labels: ``(n,)``, 0 or 1.
+    """
+
+    integers: np.ndarray
+    categories: np.ndarray
+    labels: np.ndarray
+
+
 @dataclass(frozen=True, kw_only=True)
 class Criteo(Reader):
     """Reads the one ``.txt`` or ``.tsv`` file in its folder, ``train.txt`` first.
@@ -63,26 +78,33 @@ class Criteo(Reader):
 
     def open(self, files: Mapping[str, Path], log: MalformedLog) -> RawLog:
         """Start reading."""
-        chunks = self._chunks(files["rows"], log)
-        return RawLog(CATEGORIES, chunks, INTEGERS) if self.numeric == "log" else RawLog(INTEGERS + CATEGORIES, chunks)
+        return raw_log(self._blocks(files["rows"], log), self.numeric)
 
     def assign(self, rows: int) -> np.ndarray:
         """Return the split of each row."""
         return random_split(rows, self.split_seed) if self.split == "random" else temporal_split(rows, 1 / 14, 1 / 14)
 
-    def _chunks(self, path: Path, log: MalformedLog) -> Iterator[Chunk]:
+    def _blocks(self, path: Path, log: MalformedLog) -> Iterator[Block]:
         for rows in read_rows(path, Dialect(b"\t", 40), log, _EXPECTED):
             labels = rows.integers(0, "label")
             rows.expect((labels == 0) | (labels == 1), labels, "label", "0 or 1")
             integers = [rows.integers(1 + i, name, optional=True) for i, name in enumerate(INTEGERS)]
             categories = [rows.hexadecimals(14 + i, name, optional=True) for i, name in enumerate(CATEGORIES)]
             good = rows.good
-            if self.numeric == "log":
-                dense = np.column_stack([log_feature(x, name) for x, name in zip(integers, INTEGERS, strict=True)])
-                yield Chunk(np.column_stack(categories)[good], labels[good], dense[good])
-            else:
-                buckets = [bucket(x) for x in integers]
-                yield Chunk(np.column_stack(buckets + categories)[good], labels[good])
+            yield Block(np.column_stack(integers)[good], np.column_stack(categories)[good], labels[good])
+
+
+def raw_log(blocks: Iterator[Block], numeric: str) -> RawLog:
+    """Return the log of Criteo's columns, their integers as ``numeric``, ``"log"`` or ``"buckets"``, says."""
+    if numeric == "log":
+        return RawLog(CATEGORIES, (Chunk(b.categories, b.labels, log_features(b.integers)) for b in blocks), INTEGERS)
+    chunks = (Chunk(np.column_stack((bucket(b.integers), b.categories)), b.labels) for b in blocks)
+    return RawLog(INTEGERS + CATEGORIES, chunks)
+
+
+def log_features(integers: np.ndarray) -> np.ndarray:
+    """Return the dense features of the integers int64 ``(n, 13)``, float32 ``(n, 13)``."""
+    return np.column_stack([log_feature(x, name) for x, name in zip(integers.T, INTEGERS, strict=True)])
 
 
 def log_feature(values: np.ndarray, name: str) -> np.ndarray:
@@ -92,6 +114,6 @@ def log_feature(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def bucket(values: np.ndarray) -> np.ndarray:
-    """Return the buckets of the counts int64 ``(n,)``, int64 ``(n,)``; gaps stay gaps."""
+    """Return the buckets of the counts int64 ``(...)``, int64 ``(...)``; gaps stay gaps."""
     logarithm = np.log(np.maximum(values, 1))
     return np.where(values > 2, np.floor(logarithm * logarithm).astype(np.int64), values)

@@ -2,16 +2,19 @@
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from recsys_models.data.errors import DataError
 
 SKEWS = {"criteo": 0.9, "ip": 0.61, "frappe": 1.13, "lastfm": 1.15, "sessions": 0.4}
 """Slopes of log count on log rank, measured on real logs."""
 
-# Distinct ids per categorical column of Criteo Kaggle's train.txt, C1 to C26.
-_CRITEO_SIZES = (
+CRITEO_SIZES = (
     *(1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194),
     *(27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572),
 )
+"""Distinct ids per categorical column of Criteo Kaggle's train.txt, C1 to C26."""
+
 _SMALL, _LARGE = 32, 50_000
 
 
@@ -87,7 +90,7 @@ def criteo_plan() -> Plan:
     """Return a plan with the vocabulary sizes of Criteo Kaggle."""
     fields = tuple(
         PlannedField(f"C{i}", size, SKEWS["criteo"], 0.7 if size > _LARGE else 0.2, late=size > _LARGE)
-        for i, size in enumerate(_CRITEO_SIZES, start=1)
+        for i, size in enumerate(CRITEO_SIZES, start=1)
     )
     return Plan(fields, (PlannedPair("C3", "C10", 0.6), PlannedPair("C15", "C24", 0.6), PlannedPair("C1", "C18", 0.6)))
 
@@ -114,6 +117,21 @@ def parse_skew(skew: str) -> float:
         names = ", ".join(map(repr, SKEWS))
         raise DataError(f"synthetic: option skew is {skew!r}, must be 'measured', {names} or a slope in [0, 4] as text")
     return slope
+
+
+def find_intercept(log_odds: np.ndarray, click_rate: float) -> float:
+    """Return what to add to the log-odds ``(n,)`` so that the mean probability is ``click_rate``."""
+    low, high = -30.0, 30.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sigmoid(log_odds + middle).mean() < click_rate else (low, middle)
+    return round((low + high) / 2, 6)
+
+
+def sigmoid(log_odds: np.ndarray) -> np.ndarray:
+    """Return the probabilities, float64 ``(n,)``, of log-odds ``(n,)``."""
+    share: np.ndarray = 1 / (1 + np.exp(-log_odds))
+    return share
 
 
 def _scale(planned: PlannedField, factor: float, slope: float | None) -> PlannedField:

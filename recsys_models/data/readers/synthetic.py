@@ -10,7 +10,7 @@ import numpy as np
 from recsys_models.data.errors import DataError
 from recsys_models.data.malformed import MalformedLog
 from recsys_models.data.reader import Chunk, RawLog, Reader, check_at_least, check_one_of
-from recsys_models.data.readers.planted import DEFAULT, Plan, PlannedField, criteo_plan, scaled
+from recsys_models.data.readers.planted import DEFAULT, Plan, PlannedField, criteo_plan, find_intercept, scaled, sigmoid
 from recsys_models.data.splits import random_split, temporal_split
 
 _CHUNK_ROWS = 1 << 17
@@ -85,12 +85,12 @@ class Synthetic(Reader):
     def _chunks(self, world: "_World") -> Iterator[Chunk]:
         generator = np.random.default_rng([self.seed, 1])
         sample = world.draw(generator.random(_CALIBRATION_ROWS), generator)
-        intercept = _intercept(world.log_odds(sample), self.click_rate)
+        intercept = find_intercept(world.log_odds(sample), self.click_rate)
         for start in range(0, self.rows, _CHUNK_ROWS):
             time = np.arange(start, min(start + _CHUNK_ROWS, self.rows)) / self.rows
             values = world.draw(time, generator)
             odds = world.log_odds(values) + intercept
-            yield Chunk(world.raw(values), generator.random(len(time)) < _sigmoid(odds))
+            yield Chunk(world.raw(values), generator.random(len(time)) < sigmoid(odds))
 
 
 class _World:
@@ -165,16 +165,3 @@ def _births(planned: PlannedField, generator: np.random.Generator) -> np.ndarray
         late[0] = False  # so that there is always something to draw
         births[late] = generator.uniform(_EARLIEST, 1.0, int(late.sum()))
     return births
-
-
-def _intercept(log_odds: np.ndarray, click_rate: float) -> float:
-    low, high = -30.0, 30.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _sigmoid(log_odds + middle).mean() < click_rate else (low, middle)
-    return round((low + high) / 2, 6)
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    share: np.ndarray = 1 / (1 + np.exp(-x))
-    return share

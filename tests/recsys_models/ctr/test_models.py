@@ -83,6 +83,16 @@ def reference_deepfm(model, row, dense):
     return sum(weights) + second_order(factors) + perceptron(model.mlp, flat(factors))[0]
 
 
+def reference_fnn(model, row, dense):
+    return perceptron(model.mlp, flat(vectors_of(model, row)) + dense)[0]
+
+
+def reference_ipnn(model, row, dense):
+    vectors = vectors_of(model, row)
+    products = [dot(vectors[i], vectors[j]) for i in range(len(vectors)) for j in range(i + 1, len(vectors))]
+    return perceptron(model.mlp, flat(vectors) + dense + products)[0]
+
+
 def reference_widedeep(model, row, dense):
     vectors = vectors_of(model, row)
     wide = sum(v[0] for v in vectors) + (affine(model.dense_weights, dense)[0] if dense else 0.0)
@@ -124,6 +134,10 @@ def reference_dlrm(model, row, dense, interaction):
 CASES = [
     ("lr", {}, reference_lr),
     ("fm", {}, reference_fm),
+    ("fnn", {}, reference_fnn),
+    ("fnn", {"hidden_units": ()}, reference_fnn),
+    ("ipnn", {}, reference_ipnn),
+    ("ipnn", {"hidden_units": ()}, reference_ipnn),
     ("deepfm", {}, reference_deepfm),
     ("widedeep", {}, reference_widedeep),
     ("dcnv2", {"structure": "stacked", "num_cross_layers": 2}, reference_stacked),
@@ -153,10 +167,13 @@ DEEP = {"hidden_units": (400, 400, 400), "batch_norm": True}
     ("name", "rows", "num_dense", "options", "expected"),
     [
         ("fm", FRAPPE_ROWS, 0, {}, 59280),
+        ("fnn", FRAPPE_ROWS, 0, DEEP, 417891),  # its log says 781892, and counts the MLP twice
+        ("ipnn", FRAPPE_ROWS, 0, {**DEEP, "batch_norm": False}, 433491),
         ("deepfm", FRAPPE_ROWS, 0, DEEP, 423280),
         ("widedeep", FRAPPE_ROWS, 0, DEEP, 423280),
         ("dcnv2", FRAPPE_ROWS, 0, {**DEEP, "structure": "parallel", "num_cross_layers": 4}, 458391),
         ("dlrm", FRAPPE_ROWS, 0, {**DEEP, "interaction": "cat"}, 417891),
+        ("ipnn", [90239 - 40, 20, 20], 0, {**DEEP, "batch_norm": False}, 1237191),
         ("deepfm", [90239 - 40, 20, 20], 0, DEEP, 1328630),
         ("dcnv2", [90239 - 40, 20, 20], 0, {**DEEP, "structure": "parallel", "num_cross_layers": 5}, 1243071),
         ("dlrm", [2086303 - 25] + 25 * [1], 13, {**DEEP, "bottom_units": (400, 400, 400)}, 21664241),
@@ -171,7 +188,17 @@ def test_as_many_parameters_as_the_published_models(name, rows, num_dense, optio
 
 
 @pytest.mark.parametrize(
-    ("name", "width"), [("lr", 1), ("fm", 9), ("deepfm", 9), ("widedeep", 9), ("dcnv2", 8), ("dlrm", 8)]
+    ("name", "width"),
+    [
+        ("lr", 1),
+        ("fm", 9),
+        ("fnn", 8),
+        ("ipnn", 8),
+        ("deepfm", 9),
+        ("widedeep", 9),
+        ("dcnv2", 8),
+        ("dlrm", 8),
+    ],
 )
 def test_table_specs(name, width):
     specs = get_model(name).table_specs(tiny_log().fields, 8)
@@ -192,6 +219,14 @@ def test_every_parameter_is_trained(name, num_dense):
             assert (parameter.grad.flatten(1) if parameter.dim() > 1 else parameter.grad[:, None]).any(1).all()
 
 
+@pytest.mark.parametrize("num_dense", [0, 2])
+@pytest.mark.parametrize("name", ["fnn", "ipnn"])
+def test_every_weight_of_the_mlp_is_trained(name, num_dense):
+    model, ids, dense = make(name, num_dense, activation="tanh")
+    model(ids, dense).square().sum().backward()
+    assert all(parameter.grad.all() for parameter in model.mlp.parameters())
+
+
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_compressed_tables_small_batches_and_one_graph(name):
     torch.manual_seed(0)
@@ -210,9 +245,15 @@ def test_compressed_tables_small_batches_and_one_graph(name):
 
 def test_a_single_field():
     data = tiny_log(sizes=(6,))
-    for name in MODELS:
+    for name in sorted(MODELS.keys() - {"ipnn"}):
         options = {"interaction": "cat"} if name == "dlrm" else {}
         assert tiny_model(data, name, **options)(torch.zeros(2, 1, dtype=torch.int64)).shape == (2,)
+
+
+@pytest.mark.parametrize("num_dense", [0, 2])
+def test_ipnn_needs_two_fields(num_dense):
+    with pytest.raises(ConfigError, match="give two, or use FNN"):
+        tiny_model(tiny_log(sizes=(6,), num_dense=num_dense), "ipnn")
 
 
 def test_mlp_layers_and_initial_weights():
@@ -230,6 +271,12 @@ def test_mlp_layers_and_initial_weights():
         ("deepfmm", {}, "did you mean 'deepfm'"),
         ("deepfm", {"hidden_unit": (4,)}, "did you mean 'hidden_units'"),
         ("lr", {"dropout": 0.1}, "no option 'dropout'"),
+        ("ipnnn", {}, "did you mean 'ipnn'"),
+        ("fnn", {"hidden_unit": (4,)}, "did you mean 'hidden_units'"),
+        ("fnn", {"dropout": -0.1}, "dropout=-0.1"),
+        ("fnn", {"num_dense": -1}, "num_dense=-1"),
+        ("ipnn", {"activation": "tahn"}, "did you mean 'tanh'"),
+        ("ipnn", {"hidden_units": (0,)}, "at least one unit"),
         ("deepfm", {"activation": "rellu"}, "did you mean 'relu'"),
         ("deepfm", {"dropout": 1.0}, "dropout=1.0"),
         ("deepfm", {"hidden_units": (4, 0)}, "at least one unit"),

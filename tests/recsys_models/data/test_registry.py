@@ -8,7 +8,8 @@ FILES = [name for name, reader in READERS.items() if reader.folder]
 
 def test_names():
     assert list_datasets() == [
-        *("avazu", "criteo", "frappe", "lastfm_tags", "movielens_100k", "movielens_1m", "synthetic")
+        *("avazu", "criteo", "frappe", "lastfm_tags", "movielens_100k", "movielens_1m", "synthetic"),
+        "synthetic_criteo",
     ]
 
 
@@ -42,6 +43,10 @@ WRONG = [
     ("synthetic", {"click_rate": 1.0}, "click_rate is 1.0"),
     ("synthetic", {"vocabularies": "avazu"}, "vocabularies is 'avazu', must be one of 'default', 'criteo'"),
     ("synthetic", {"vocabulary_scale": -1}, "vocabulary_scale is -1"),
+    ("synthetic_criteo", {"rows": 9}, "rows is 9, must be at least 10"),
+    ("synthetic_criteo", {"rows": 1e6}, "rows is 1000000.0, must be of type int"),
+    ("synthetic_criteo", {"seed": -1}, "seed is -1, must be at least 0"),
+    ("synthetic_criteo", {"numeric": "raw"}, "numeric is 'raw', must be one of 'log', 'buckets'"),
 ]
 
 
