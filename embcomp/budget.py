@@ -147,6 +147,8 @@ def plan(
         return Plan(specs, config, None, measure(specs, config), known.counts)
     allowed = Budget.parse(budget).bytes(sum(spec.full_bytes for spec in specs), budget_on)
     config, report = solve(specs, config, allowed, known, budget_on)
+    if budget_on == "serve":
+        config = tables_class.within(config, allowed)
     return Plan(specs, config, allowed, report, known.counts)
 
 
@@ -188,7 +190,7 @@ def solve(
             low, best = middle, tried
         else:
             high = middle - 1
-    return (tables_class.within(best[0], allowed), best[1]) if budget_on == "serve" else best
+    return best
 
 
 def cost(report: MemoryReport, budget_on: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from embcomp.budget import Budget, Plan, cost, plan, solve
@@ -90,6 +90,13 @@ def plan_groups(
             used = wish.cost(planned)
             plans[index] = wish.plan(used + spare)
             spare -= wish.cost(plans[index]) - used
+    if budget_on != "serve":
+        return plans
+    # Groups that choose their form in training may use up what they have here, and the first of them what is left.
+    for index, (wish, planned) in enumerate(zip(wishes, plans, strict=True)):
+        limited = strategy_of(planned.config).tables_class.within(planned.config, wish.cost(planned) + spare)
+        if limited != planned.config:
+            plans[index], spare = replace(planned, config=limited), 0
     return plans
 
 

@@ -135,9 +135,7 @@ class PackedRows(RowStore):
         if not self.fused:
             assert self.offset is not None
             return self.scale[rows], self.offset[rows]
-        found = packing.gather_bytes(self.codes.view(-1), rows, self.codes.shape[1])
-        grid = found[..., self.dim * self.bits // 8 :].contiguous().view(row_scale_dtype(self.bits))
-        return grid[..., :1], grid[..., 1:]
+        return self._grids_in(packing.gather_bytes(self.codes.view(-1), rows, self.codes.shape[1]))
 
     def _lookup_packed(self, rows: Tensor, segment: Segment, out: Tensor | None = None) -> Tensor:
         codes = packing.gather(self.codes, rows, self.dim, self.bits)
@@ -171,8 +169,13 @@ class PackedRows(RowStore):
     def _lookup_rows(self, rows: Tensor) -> Tensor:
         """The same, bit for bit, in operations that every device has and every compiler knows."""
         found = packing.gather_bytes(self.codes.view(-1), rows, self.codes.shape[1])
-        size, dtype = self.dim * self.bits // 8, row_scale_dtype(self.bits)
-        grid = found[..., size:].contiguous().view(dtype).to(torch.float32)
-        return grids.dequantize_row(
-            packing.unpack(found[..., :size], self.bits, self.dim), grid[..., :1], grid[..., 1:]
-        )
+        scale, low = self._grids_in(found)
+        codes = packing.unpack(found[..., : self.dim * self.bits // 8], self.bits, self.dim)
+        return grids.dequantize_row(codes, scale.to(torch.float32), low.to(torch.float32))
+
+    def _grids_in(self, found: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and smallest value behind the codes of fused rows: uint8 ``(..., n)`` to two of ``(..., 1)``."""
+        # The end of a single row is contiguous, but may begin where no number of this dtype can: it must be copied.
+        ends = found[..., self.dim * self.bits // 8 :].clone(memory_format=torch.contiguous_format)
+        grid = ends.view(row_scale_dtype(self.bits))
+        return grid[..., :1], grid[..., 1:]

@@ -77,10 +77,13 @@ class RaggedRows(RowStore):
         by_row = self.row_format.granularity == "row"
         dtype = row_scale_dtype(self.bits) if by_row else torch.float32
         has_offset = by_row or self.row_format.offset
-        integer = self.row_format.is_integer
-        self.register_buffer("scale", torch.empty(size, dtype=dtype) if integer else None)
-        self.register_buffer("offset", torch.empty(size, dtype=dtype) if integer and has_offset else None)
-        if integer and self.row_format.granularity == "column":
+        # What there is none of is no buffer: torch.export trips over buffers that are None in front of others.
+        for name, exists in (("scale", self.row_format.is_integer), ("offset", has_offset)):
+            if exists:
+                self.register_buffer(name, torch.empty(size, dtype=dtype))
+            else:
+                setattr(self, name, None)
+        if self.row_format.granularity == "column":
             # Where each table's columns are in the stored scales; columns that it has not read any, and are blanked.
             table_widths = _table_widths(self.widths, self.owners)
             index, total = [], 0
@@ -97,6 +100,8 @@ class RaggedRows(RowStore):
             for table in (self._starts, self._row_starts, self._widths, self._owners)
         )
         first = starts + (rows - row_starts) * widths
+        if not self.num_values:
+            return torch.zeros(*first.shape, self.dim, device=first.device)
         if self.row_format.is_integer:
             vectors = self._dequantized(self._codes_from(first), rows, owners)
         else:
@@ -118,14 +123,10 @@ class RaggedRows(RowStore):
     def _codes_from(self, first: Tensor) -> Tensor:
         if self.bits == 8:
             return self._values_from(self.codes, first)
-        if not self.num_values:
-            return torch.zeros(*first.shape, self.dim, dtype=torch.uint8, device=first.device)
         return packing.gather_runs(self.codes, first.clamp_max(self.num_values - 1), self.dim, self.bits)
 
     def _dequantized(self, codes: Tensor, rows: Tensor, owners: Tensor) -> Tensor:
         assert self.scale is not None
-        if not self.scale.numel():
-            return codes.to(torch.float32)
         if self.row_format.granularity == "row":
             assert self.offset is not None
             index = rows.clamp_max(self.num_rows - 1).reshape(-1)  # tables without rows may be asked for one behind
@@ -150,7 +151,11 @@ class RaggedRows(RowStore):
             raise TypeError(f"{type(served).__name__} is no serving form that rows can be taken from")
         if isinstance(served, PackedRows):
             self._take_scales(served, kept)
-        if not any(self.segments) or self._is_meta:
+        if self._is_meta:
+            return self
+        target = self.codes if isinstance(served, PackedRows) else self.values
+        if not self.num_values:
+            target.zero_()
             return self
         stream = []
         for rows, width in zip(kept, self.widths, strict=True):
@@ -158,7 +163,6 @@ class RaggedRows(RowStore):
                 read = served.codes_of(chunk) if isinstance(served, PackedRows) else served.weight[chunk]
                 stream.append(read[:, :width].reshape(-1))
         flat = torch.cat(stream)
-        target = self.codes if isinstance(served, PackedRows) else self.values
         if self.row_format.is_integer:
             spare = target.numel() * 8 // self.bits - flat.numel() if self.bits == 8 else 0
             target.copy_(packing.pack(torch.cat([flat, flat.new_zeros(spare)]), self.bits))

@@ -20,6 +20,8 @@ from embcomp.strategies._allocation import check_table_names
 from embcomp.strategies._fitting import shared_means
 from embcomp.strategies._frequency_sizes import complete_sizes, most_frequent, row_range
 from embcomp.strategies._kept_ids import KeptIds
+from embcomp.strategies._prefix_projection import PrefixProjection, fold
+from embcomp.strategies._projected import PROJECTIONS, principal_axes
 from embcomp.strategies._remap import remap_bytes
 from embcomp.strategies.frequency_cut import FrequencyCutConfig
 from embcomp.tables import EmbeddingTables
@@ -33,6 +35,8 @@ class PrunedConfig(StrategyConfig):
 
     Attributes:
         pruned: what ids without a row get: ``"oov"``: one learned row per table; ``"zero"``: zeros.
+        projection: ``"linear"``: a matrix per table brings rows of any width to D, so that narrow rows take part in
+            all dimensions; ``"none"``: zeros behind them, as in the paper.
         num_kept: table name -> ids that have a row; None to let the budget, then training choose.
         dims: table name -> width of its rows, 1 to D; None for D.
         remapped: table name -> whether a bit per id says which ids are kept; where it is False they are the first.
@@ -40,6 +44,7 @@ class PrunedConfig(StrategyConfig):
     """
 
     pruned: str = "oov"
+    projection: str = "linear"
     num_kept: dict[str, int] | None = None
     dims: dict[str, int] | None = None
     remapped: dict[str, bool] | None = None
@@ -48,6 +53,7 @@ class PrunedConfig(StrategyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self, "pruned", PRUNED)
+        check_choice(self, "projection", PROJECTIONS)
         check_granularity(RowFormat.parse(self.rows))
 
 
@@ -76,6 +82,9 @@ class PrunedTables(EmbeddingTables):
         self.rows = make_row_store(
             config.rows, [size + self.has_shared for size in self.sizes], self.embedding_dim, config.sparse
         )
+        self.projection: PrefixProjection | None = None
+        if config.projection == "linear":
+            self.projection = PrefixProjection(self.num_tables, self.embedding_dim)
         self.constant("_starts", self.rows.starts())
         self.register_buffer("kept", torch.zeros(self.rows.num_rows, dtype=torch.bool))
         self.register_buffer("widths", torch.tensor(dims, dtype=torch.int64))
@@ -103,12 +112,12 @@ class PrunedTables(EmbeddingTables):
         shown = self.prefix(self.pick(self.widths, table))
         if self.config.pruned == "zero":
             shown = shown & kept.unsqueeze(-1)
-        return torch.where(shown, vectors, 0.0)
+        return self.projected(torch.where(shown, vectors, 0.0), table)
 
     def _lookup_served(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
         starts = self.pick(self._starts, table)
         if self._is_whole:
-            return self.rows(ids + starts, table)
+            return self.projected(self.rows(ids + starts, table), table)
         last = self.pick(self._sizes, table) - 1
         kept, rows = self.remap(ids.minimum(last), table)
         if self.has_shared:
@@ -118,7 +127,13 @@ class PrunedTables(EmbeddingTables):
         else:
             rows = rows.minimum((self.pick(self._shared, table) - 1).clamp_min(0))
         vectors: Tensor = self.rows(rows + starts, table)
-        return vectors if self.config.pruned == "oov" else torch.where(kept.unsqueeze(-1), vectors, 0.0)
+        if self.config.pruned == "zero":
+            vectors = torch.where(kept.unsqueeze(-1), vectors, 0.0)
+        return self.projected(vectors, table)
+
+    def projected(self, vectors: Tensor, table: Tensor | int | None) -> Tensor:
+        """Bring rows, zero behind their widths, to D dimensions."""
+        return vectors if self.projection is None else self.projection(vectors, table)
 
     def prefix(self, widths: Tensor) -> Tensor:
         """Which of D dimensions the first ``widths`` are: int64 ``(...)`` to bool ``(..., D)``."""
@@ -158,12 +173,16 @@ class PrunedTables(EmbeddingTables):
             served = self.rows.finalize()
         config, starts = self.config, self.rows.starts()
         num_kept, dims, remapped = self._checked_form()
-        self._is_whole = num_kept == self.sizes and all(dim == self.embedding_dim for dim in dims)
+        shared, segments, widths, matrices = served_form(self.specs, config)
+        if self.projection is not None:
+            ends = zip(starts, served.segments, dims, strict=True)
+            pieces = [(table, start, start + rows, dim) for table, (start, rows, dim) in enumerate(ends)]
+            self.projection.multiply_(served, [piece for piece in pieces if not matrices[piece[0]]])
+            self.projection = self.projection.served(matrices) if any(matrices) else None
+        self._is_whole = num_kept == self.sizes and all(width == self.embedding_dim for width in widths)
         if not self._is_whole:
-            shared = _stored_shared(self.specs, config)
-            segments = [number + own for number, own in zip(num_kept, shared, strict=True)]
             with self.kept.device:
-                ragged = RaggedRows(segments, self.embedding_dim, _row_format(self.specs, config), dims)
+                ragged = RaggedRows(segments, self.embedding_dim, _row_format(self.specs, config), widths)
                 remap = KeptIds(self.sizes, num_kept, remapped)
             if not self.kept.is_meta:
                 ragged, remap = ragged.to(self.kept.device), remap.to(self.kept.device)
@@ -212,9 +231,13 @@ class PrunedTables(EmbeddingTables):
         report = super().memory()
         if self.is_final:
             return report
-        sizes, remap = form_bytes(self.specs, self.config)
-        own = dict(zip(self.names, sizes, strict=True))
-        parts = [replace(part, serve_bytes=own[part.table] if part.name == "rows" else 0) for part in report.parts]
+        sizes, remap, matrices = form_bytes(self.specs, self.config)
+        own = {"rows": dict(zip(self.names, sizes, strict=True))}
+        if self.projection is not None:
+            own["projection"] = dict(zip(self.names, matrices, strict=True))
+        parts = [
+            replace(part, serve_bytes=own[part.name][part.table] if part.name in own else 0) for part in report.parts
+        ]
         if remap:
             parts.append(MemoryPart(SHARED, "remap", remap, 0, 0, 0))
         return MemoryReport(tuple(parts), report.full_bytes)
@@ -223,10 +246,16 @@ class PrunedTables(EmbeddingTables):
 
     def reset_parameters(self) -> None:
         self.rows.reset_parameters([spec.init_std for spec in self.specs], self.generator())
+        if self.projection is not None:
+            self.projection.reset_parameters(self.generator("projection"))
 
     def fit(self, weights: Sequence[Tensor], counts: Sequence[Tensor]) -> None:
         for table, (start, weight, count) in enumerate(zip(self.rows.starts(), weights, counts, strict=True)):
             size, name = self.sizes[table], self.names[table]
+            if self.projection is not None:
+                axes = principal_axes(weight, count)
+                self.projection.weight[table].copy_(axes.T)
+                weight = weight @ axes
             self.rows.write_(start, weight)
             number = (self.config.num_kept or {})[name]
             if (self.config.remapped or {})[name]:
@@ -296,13 +325,23 @@ class PrunedTables(EmbeddingTables):
                 )
 
 
-def form_bytes(specs: Sequence[TableSpec], config: Any) -> tuple[list[int], int]:
-    """Serve bytes of each table's rows, and of the remap, for a complete config."""
+def form_bytes(specs: Sequence[TableSpec], config: Any) -> tuple[list[int], int, list[int]]:
+    """Serve bytes of each table's rows, of the remap, and of each table's matrix, for a complete config."""
+    _, segments, widths, matrices = served_form(specs, config)
+    rows = ragged_bytes(segments, specs[0].embedding_dim, _row_format(specs, config), widths)
+    remap = sum(remap_bytes(spec.num_embeddings) for spec in specs if config.remapped[spec.name])
+    return rows, remap, [4 * width * specs[0].embedding_dim for width in matrices]
+
+
+def served_form(specs: Sequence[TableSpec], config: Any) -> tuple[list[bool], list[int], list[int], list[int]]:
+    """Of each table: whether it has a shared row, its rows, their stored width, and rows of its matrix."""
     shared = _stored_shared(specs, config)
     segments = [config.num_kept[spec.name] + own for spec, own in zip(specs, shared, strict=True)]
-    dims = [config.dims[spec.name] for spec in specs]
-    rows = ragged_bytes(segments, specs[0].embedding_dim, _row_format(specs, config), dims)
-    return rows, sum(remap_bytes(spec.num_embeddings) for spec in specs if config.remapped[spec.name])
+    widths = [config.dims[spec.name] for spec in specs]
+    if config.projection == "none":
+        return shared, segments, widths, [0] * len(specs)
+    dim, row_format = specs[0].embedding_dim, _row_format(specs, config)
+    return shared, segments, *fold(segments, widths, range(len(specs)), dim, row_format)
 
 
 def _stored_shared(specs: Sequence[TableSpec], config: Any) -> list[bool]:

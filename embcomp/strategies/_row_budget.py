@@ -15,7 +15,7 @@ from embcomp.specs import TableSpec
 from embcomp.strategies._remap import remap_bytes
 from embcomp.training.search import Candidate
 
-FormBytes = Callable[[Sequence[TableSpec], Any], tuple[list[int], int]]
+FormBytes = Callable[[Sequence[TableSpec], Any], tuple[list[int], int, list[int]]]
 _LOWEST, _HIGHEST = -(2**63), 2**63 - 1
 
 
@@ -30,7 +30,7 @@ class RowBudget:
         config: a complete `PrunedConfig`, whose ``limit_bytes`` is the budget; None keeps rows of positive score.
         score: float32 ``(R,)``, the rows of the tables one after another, each with its shared row if there are some.
         has_shared: whether every table has a shared row behind its ids.
-        form_bytes: specs and complete config -> bytes of each table's rows, and of the remap.
+        form_bytes: specs and complete config -> bytes of each table's rows, of the remap, and of each table's matrix.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class RowBudget:
         self.is_ordered = [bool((row[1:] <= row[:-1]).all()) for row in rows]
         fees = zip(self.is_ordered, specs, strict=True)
         self._fees = np.array([0 if ordered else remap_bytes(spec.num_embeddings) for ordered, spec in fees])
+        self._spared = int(has_shared and config.unseen != "oov_row")  # whole tables need no shared row
         # Ranks among all scores, sorted within each table and set apart by table: one search answers for all tables.
         self._all = np.sort(np.concatenate(rows))
         self._apart = np.arange(len(rows)) * (len(self._all) + 1)
@@ -115,8 +116,8 @@ class RowBudget:
             dims=dict(zip(names, widths, strict=True)),
             remapped=dict(zip(names, remapped, strict=True)),
         )
-        rows, remap = self.form_bytes(self.specs, config)
-        return sum(rows) + remap
+        rows, remap, matrices = self.form_bytes(self.specs, config)
+        return sum(rows) + remap + sum(matrices)
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
@@ -126,12 +127,13 @@ class RowBudget:
         return self._completed(self._ends - np.searchsorted(self._ranks, self._apart + rank, side="right"), prices)
 
     def _completed(self, numbers: np.ndarray, prices: np.ndarray) -> np.ndarray:
-        """Keep tables whole where the rows that are left out cost less than saying which they are."""
-        return np.where((numbers > 0) & (prices * (self.sizes - numbers) <= self._fees), self.sizes, numbers)
+        """Keep tables whole where that costs no more than to leave rows out: to say which, and a row for them all."""
+        saved = prices * (self.sizes - numbers - self._spared)
+        return np.where((numbers > 0) & (saved <= self._fees), self.sizes, numbers)
 
     def _cost(self, numbers: np.ndarray, prices: np.ndarray) -> float:
-        partly = (numbers > 0) & (numbers < self.sizes)
-        return float((numbers * prices + self._fees * partly).sum())
+        partly, whole = (numbers > 0) & (numbers < self.sizes), numbers == self.sizes
+        return float(((numbers - self._spared * whole) * prices + self._fees * partly).sum())
 
     def _row_bytes(self, width: int) -> float:
         """Bytes of one more row, from the difference that a thousand make."""
@@ -181,4 +183,5 @@ def _density_of(level: int) -> float:
 
 def _cut(density: float, width: np.ndarray) -> np.ndarray:
     """The scores that have a density at some widths."""
-    return density * width if density > 0 else density / width
+    with np.errstate(over="ignore"):  # infinity is meant
+        return density * width if density > 0 else density / width

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from embcomp.config import StrategyConfig, check_at_least, register_strategy
+from embcomp.config import StrategyConfig, check_at_least, check_choice, register_strategy
 from embcomp.errors import BudgetError, ConfigError
 from embcomp.memory import MemoryReport
 from embcomp.phases import Phase
@@ -20,6 +20,8 @@ from embcomp.storage import RowFormat, make_row_store
 from embcomp.storage.ragged import RaggedRows, check_granularity, ragged_bytes
 from embcomp.strategies._allocation import check_table_names
 from embcomp.strategies._candidates import first_block
+from embcomp.strategies._prefix_projection import PrefixProjection, fold
+from embcomp.strategies._projected import PROJECTIONS, principal_axes
 from embcomp.tables import EmbeddingTables
 from embcomp.training.greedy import FrontPoint, GreedyCut
 from embcomp.training.search import Candidate, Search
@@ -35,6 +37,8 @@ class NestedConfig(StrategyConfig):
     Attributes:
         ladder: widths that rows are trained to be cut to, rising, joined by commas, such as ``"1,2,4,8,16"``; None for
             the powers of two below D, and D. Width 0, no row at all, is always possible.
+        projection: ``"linear"``: a matrix per table brings rows of any width to D, so that narrow rows take part in
+            all dimensions; ``"none"``: zeros behind them.
         distill: weight of the divergence of narrower passes' predictions from those of the full width.
         tiers: frequency tiers that a table is cut into, each with a width of its own; only where counts are given, and
             ids are numbered by falling frequency.
@@ -45,6 +49,7 @@ class NestedConfig(StrategyConfig):
     """
 
     ladder: str | None = None
+    projection: str = "linear"
     distill: float = 0.0
     tiers: int = 1
     finetune_epochs: int = 0
@@ -54,6 +59,7 @@ class NestedConfig(StrategyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_granularity(RowFormat.parse(self.rows))
+        check_choice(self, "projection", PROJECTIONS)
         check_at_least(self, "distill", 0)
         check_at_least(self, "tiers", 1)
         check_at_least(self, "finetune_epochs", 0)
@@ -117,6 +123,9 @@ class NestedTables(EmbeddingTables):
         self._drawn: Tensor | None = None
         self._cutting: GreedyCut | None = None
         self.rows = make_row_store(config.rows, self.num_ids, self.embedding_dim, config.sparse)
+        self.projection: PrefixProjection | None = None
+        if config.projection == "linear":
+            self.projection = PrefixProjection(self.num_tables, self.embedding_dim)
         self.constant("_starts", self.rows.starts())
         self.register_buffer("bounds", torch.zeros(self.num_tables, self._most, dtype=torch.int64))
         self.register_buffer("widths", torch.zeros(self.num_tables, self._most, dtype=torch.int64))
@@ -126,26 +135,29 @@ class NestedTables(EmbeddingTables):
     # ---- lookups ----------------------------------------------------------------------------------------------------
 
     def lookup(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
+        rows = ids + self.pick(self._starts, table)
         if self.is_final:
-            part = self._part_of(ids, table)
-            return self.rows(ids + self.pick(self._starts, table), self.pick(self._first, table) + part)
+            return self._projected(self.rows(rows, self.pick(self._first, table) + self._part_of(ids, table)), table)
         if self._shown is not None:
             return self._lookup_candidates(ids, table, self._shown)
-        vectors: Tensor = self.rows(ids + self.pick(self._starts, table), table)
+        vectors: Tensor = self.rows(rows, table)
         if not self._training_form:
             widths = self._pick_part(self.widths, ids, table)
         elif self._pass == "full" or not self.training:
-            return vectors
+            return self._projected(vectors, table)
         else:
             widths = self._pass_widths(table)
-        return torch.where(self._prefix(widths), vectors, 0.0)
+        return self._projected(torch.where(self._prefix(widths), vectors, 0.0), table)
+
+    def _projected(self, vectors: Tensor, table: Tensor | int | None) -> Tensor:
+        return vectors if self.projection is None else self.projection(vectors, table)
 
     def _lookup_candidates(self, ids: Tensor, table: Tensor | int | None, shown: Tensor) -> Tensor:
         """Each block of ids is shown as its candidate has it, ``shown`` being ``(P, T, parts)``."""
         ids, table = first_block(ids, table, len(shown))
         vectors: Tensor = self.rows(ids + self.pick(self._starts, table), table)
         widths = torch.stack([self._pick_part(own, ids, table) for own in shown])
-        return torch.where(self._prefix(widths), vectors, 0.0).flatten(0, 1)
+        return self._projected(torch.where(self._prefix(widths), vectors, 0.0), table).flatten(0, 1)
 
     def _pass_widths(self, table: Tensor | int | None) -> Tensor:
         """Widths of this pass: of each table, one for the whole batch."""
@@ -298,16 +310,20 @@ class NestedTables(EmbeddingTables):
         if self.is_final:
             return self
         served, layout, starts = self.rows.finalize(), self._checked_layout(), self.rows.starts()
-        segments, widths, owner = _segments(layout)
+        segments, cut, owner = _segments(layout)
+        widths, matrices = served_form(layout, self.specs, self.config)
+        stops = [[0, *(part.stop for part in own[:-1])] for own in layout]
+        first = [start + stop for start, own in zip(starts, stops, strict=True) for stop in own]
+        if self.projection is not None:
+            pieces = [(o, f, f + rows, w) for o, f, rows, w in zip(owner, first, segments, cut, strict=True)]
+            self.projection.multiply_(served, [piece for piece in pieces if not matrices[piece[0]]])
+            self.projection = self.projection.served(matrices) if any(matrices) else None
         with self.bounds.device:
             ragged = RaggedRows(segments, self.embedding_dim, _row_format(self.specs, self.config), widths, owner)
         if not self.bounds.is_meta:
             ragged = ragged.to(self.bounds.device)
-            stops = [[0, *(part.stop for part in own[:-1])] for own in layout]
-            first = [start + stop for start, own in zip(starts, stops, strict=True) for stop in own]
-            pieces = zip(first, segments, strict=True)
-            device = self.bounds.device
-            ragged.take_(served, [torch.arange(start, start + rows, device=device) for start, rows in pieces])
+            places = zip(first, segments, strict=True)
+            ragged.take_(served, [torch.arange(f, f + rows, device=self.bounds.device) for f, rows in places])
         bounds = _padded([[part.stop for part in own[:-1]] for own in layout], self._most, _NOWHERE)
         numbers = [sum(len(own) for own in layout[:table]) for table in range(self.num_tables)]
         del self.bounds, self.widths
@@ -320,8 +336,13 @@ class NestedTables(EmbeddingTables):
         report = super().memory()
         if self.is_final:
             return report
-        sizes = dict(zip(self.names, _table_bytes(self._layout, self.specs, self.config), strict=True))
-        parts = [replace(part, serve_bytes=sizes[part.table] if part.name == "rows" else 0) for part in report.parts]
+        rows, matrices = table_bytes(self._layout, self.specs, self.config)
+        own = {"rows": dict(zip(self.names, rows, strict=True))}
+        if self.projection is not None:
+            own["projection"] = dict(zip(self.names, matrices, strict=True))
+        parts = [
+            replace(part, serve_bytes=own[part.name][part.table] if part.name in own else 0) for part in report.parts
+        ]
         return MemoryReport(tuple(parts), report.full_bytes)
 
     # ---- life -------------------------------------------------------------------------------------------------------
@@ -329,6 +350,8 @@ class NestedTables(EmbeddingTables):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         self.rows.reset_parameters([spec.init_std for spec in self.specs], self.generator())
+        if self.projection is not None:
+            self.projection.reset_parameters(self.generator("projection"))
         weight = self.rows.weight
         if not isinstance(weight, Tensor) or weight.is_meta:
             return
@@ -340,7 +363,11 @@ class NestedTables(EmbeddingTables):
                     weight[start + first : start + part.stop, : part.width].mul_(factor)
 
     def fit(self, weights: Sequence[Tensor], counts: Sequence[Tensor]) -> None:
-        for start, weight in zip(self.rows.starts(), weights, strict=True):
+        for table, (start, weight, count) in enumerate(zip(self.rows.starts(), weights, counts, strict=True)):
+            if self.projection is not None:
+                axes = principal_axes(weight, count)
+                self.projection.weight[table].copy_(axes.T)
+                weight = weight @ axes
             self.rows.write_(start, weight)
 
     # ---- sizes ------------------------------------------------------------------------------------------------------
@@ -405,13 +432,29 @@ def parse_layout(name: str, text: str) -> list[Part]:
 
 def layout_bytes(layout: Sequence[Sequence[Part]], specs: Sequence[TableSpec], config: NestedConfig) -> int:
     """Serve bytes of a layout."""
-    return sum(_table_bytes(layout, specs, config))
+    return sum(map(sum, table_bytes(layout, specs, config)))
 
 
-def _table_bytes(layout: Sequence[Sequence[Part]], specs: Sequence[TableSpec], config: NestedConfig) -> list[int]:
+def table_bytes(
+    layout: Sequence[Sequence[Part]], specs: Sequence[TableSpec], config: NestedConfig
+) -> tuple[list[int], list[int]]:
+    """Serve bytes of each table's rows, and of its matrix."""
+    segments, _, owner = _segments(layout)
+    widths, matrices = served_form(layout, specs, config)
+    dim = specs[0].embedding_dim
+    sizes = ragged_bytes(segments, dim, _row_format(specs, config), widths, owner)
+    rows = [sum(s for s, own in zip(sizes, owner, strict=True) if own == table) for table in range(len(layout))]
+    return rows, [4 * width * dim for width in matrices]
+
+
+def served_form(
+    layout: Sequence[Sequence[Part]], specs: Sequence[TableSpec], config: NestedConfig
+) -> tuple[list[int], list[int]]:
+    """Widths of all parts as they are stored, and rows of each table's matrix."""
     segments, widths, owner = _segments(layout)
-    sizes = ragged_bytes(segments, specs[0].embedding_dim, _row_format(specs, config), widths, owner)
-    return [sum(s for s, own in zip(sizes, owner, strict=True) if own == table) for table in range(len(layout))]
+    if config.projection == "none":
+        return widths, [0] * len(layout)
+    return fold(segments, widths, owner, specs[0].embedding_dim, _row_format(specs, config))
 
 
 def _segments(layout: Sequence[Sequence[Part]]) -> tuple[list[int], list[int], list[int]]:

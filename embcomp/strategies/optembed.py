@@ -27,7 +27,7 @@ TINY = 1e-30
 
 @dataclass(frozen=True)
 class OptEmbedConfig(PrunedConfig):
-    """OptEmbed. Without a budget, and with ``pruned="zero"``, it is the paper's method.
+    """OptEmbed. With ``pruned="zero"``, ``projection="none"`` and no budget it is the paper's method.
 
     Attributes:
         prune_rows: learn which rows to keep; False is the paper's OptEmbed-D.
@@ -108,7 +108,9 @@ class OptEmbedTables(PrunedTables):
 
     Where it differs from the paper: under a budget, rows are kept by `score` per byte until the budget is used up to
     less than a row, so that every candidate of the search has its price and the result is as small as was asked;
-    without one it is the paper's method, and as small as it happens to be. The search keeps the best candidates of all
+    without one it is as small as it happens to be. A learned
+    matrix per table, cut like the rows, lets narrow rows take part in all dimensions (``projection="none"`` for the
+    paper's zeros). The search keeps the best candidates of all
     rounds, never evaluates one twice, and its finalists are compared with batch norms of their own.
     """
 
@@ -166,7 +168,7 @@ class OptEmbedTables(PrunedTables):
                 widths = torch.randint(1, self.embedding_dim + 1, vectors.shape[:-1], device=vectors.device)
                 vectors = vectors * self.prefix(widths)
             self._note(rows, vectors)
-        return vectors
+        return self.projected(vectors, table)
 
     def _lookup_candidates(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
         """Each block of ids is shown as its candidate has it; rows are read once for all blocks."""
@@ -181,7 +183,7 @@ class OptEmbedTables(PrunedTables):
             vectors = torch.where(kept, vectors, self._shared_vectors(table))
         else:
             shown = shown & kept
-        return torch.where(shown, vectors, 0.0).flatten(0, 1)
+        return self.projected(torch.where(shown, vectors, 0.0), table).flatten(0, 1)
 
     def _shared_vectors(self, table: Tensor | int | None) -> Tensor:
         """What ids without a row get: float32 ``(T, D)``, or broadcastable to ``table`` and D."""
@@ -195,7 +197,12 @@ class OptEmbedTables(PrunedTables):
         return self.thresholds[rows] if self.config.threshold_per_id else self.pick(self.thresholds, table)
 
     def _note(self, rows: Tensor, vectors: Tensor) -> None:
-        """Remember what this lookup says of its rows: that they were used, and what they are worth to the loss."""
+        """Remember what this lookup says of its rows: that they were used, and what they are worth to the loss.
+
+        Not where only architecture parameters are trained: rows are judged by training batches.
+        """
+        if not cast(Tensor, self.rows.weight).requires_grad:
+            return
         if self.config.decay:
             self._rows_of_step.append(rows.reshape(-1))
         if self.config.prune_rows and self.config.score == "taylor" and vectors.requires_grad:
@@ -227,7 +234,8 @@ class OptEmbedTables(PrunedTables):
                 f"OptEmbedConfig(score={self.config.score!r}) needs counts of all tables: give counts= to plan or "
                 "compress_, or choose score='norm' or 'taylor'"
             )
-        self.stage = "supernet" if phase.name == "supernet" else "fixed"
+        self._budget, self._shown, self._rows_of_step = None, None, []
+        self.stage = "fixed" if phase.name == "retrain" else "supernet"  # while another group is searched too
 
     def leave_phase_(self, phase: Phase) -> None:
         if phase.name == "supernet" and not self.config.search_dims:
@@ -287,7 +295,7 @@ class OptEmbedTables(PrunedTables):
     def adopt_(self, candidate: Candidate) -> None:
         self.choose_(self._row_budget().kept(candidate), candidate)
         del self._score
-        self._budget = None
+        self._budget, self._shown, self.stage = None, None, "fixed"
 
     def _row_budget(self) -> RowBudget:
         """What the supernet's rows are worth; worked out once, when its training is over."""

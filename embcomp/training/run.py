@@ -63,6 +63,7 @@ class Phases:
         }
         self._optimizer: torch.optim.Optimizer | None = None
         self._searches: dict[int, Search] = {}
+        self._found: list[SearchResult] = []
         self.initial = self._weights() if any(phase.rewind for phase in self.phases) else {}
 
     def __iter__(self) -> Iterator[Phase]:
@@ -73,6 +74,7 @@ class Phases:
     def enter_(self, phase: Phase) -> None:
         """Begin a phase: rewind if it says so, and let only what it trains have gradients."""
         self.phase = phase
+        self._searches, self._found = {}, []
         if phase.rewind:
             self._rewind()
         for name, parameters in self._own.items():
@@ -88,6 +90,10 @@ class Phases:
         """End a phase; afterwards all but architecture parameters has gradients again."""
         for tables in self._concerned(phase):
             tables.leave_phase_(phase)
+        self.release_()
+
+    def release_(self) -> None:
+        """Give gradients back to all but architecture parameters, as `leave_` does; also where a phase was broken off."""
         for name, parameters in self._own.items():
             for p in parameters:
                 p.requires_grad_(name != "architecture")
@@ -158,11 +164,16 @@ class Phases:
         if self._optimizer is None or not self.phase.bilevel:
             raise ConfigError(f"phase {self.phase.name!r} is not bilevel: there is no step on validation batches")
         self._optimizer.zero_grad(set_to_none=True)
-        self.loss(predict, loss).backward()
+        others = self.parameters()
+        try:
+            for p in others:
+                p.requires_grad_(False)
+            self.loss(predict, loss).backward()
+        finally:
+            for p in others:
+                p.requires_grad_(True)
         self._optimizer.step()
-        for parameters in self._own.values():
-            for p in parameters:
-                p.grad = None
+        self._optimizer.zero_grad(set_to_none=True)
 
     # ---- searches ---------------------------------------------------------------------------------------------------
 
@@ -192,20 +203,25 @@ class Phases:
             report: called with rounds done, rounds at most, and the best value, after every round.
 
         Raises:
+            ConfigError: if the phase is no search.
             InputError: if an evaluation is no finite number.
             IncompatibleStateError: if the checkpoint is of another search.
         """
+        if not self.phase.is_search:
+            raise ConfigError(f"phase {self.phase.name!r} is no search: there is nothing to search for")
         loop = SearchLoop(self.model, evaluate, evaluate_many, recalibrate, at_once, num_finalists, report)
-        path = None if checkpoint is None else Path(checkpoint)
-        searching, results = self._concerned(self.phase), []
-        for number, tables in enumerate(searching):
-            search = self._searches.setdefault(number, tables.make_search())
-            own = path if path is None or number == 0 else path.with_name(f"{path.stem}-{number}{path.suffix}")
-            results.append(loop.run(tables, search, own))
-        self._searches.clear()
-        if path is not None:
-            path.unlink(missing_ok=True)
-        return results[-1]
+        searching = self._concerned(self.phase)
+        paths = _checkpoints(checkpoint, len(searching))
+        for number in range(len(self._found), len(searching)):  # those before were found before it was interrupted
+            if number not in self._searches:
+                self._searches[number] = searching[number].make_search()
+            self._found.append(loop.run(searching[number], self._searches[number], paths[number]))
+        for path in paths:
+            if path is not None:
+                path.unlink(missing_ok=True)
+        result = self._found[-1]
+        self._searches, self._found = {}, []
+        return result
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
@@ -224,6 +240,14 @@ class Phases:
         state = self.model.state_dict(keep_vars=True)
         for name, tensor in self.initial.items():
             state[name].copy_(tensor)
+
+
+def _checkpoints(checkpoint: str | Path | None, number: int) -> list[Path | None]:
+    """The files of several searches, each beside the first."""
+    if checkpoint is None:
+        return [None] * number
+    path = Path(checkpoint)
+    return [path, *(path.with_name(f"{path.stem}-{index}{path.suffix}") for index in range(1, number))]
 
 
 def _divergence(teacher: Tensor, logits: Tensor) -> Tensor:

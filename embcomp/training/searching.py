@@ -72,7 +72,7 @@ class SearchLoop:
         for start in range(0, len(candidates), size):
             shown = candidates[start : start + size]
             tables.show_(shown)
-            found = [self.evaluate()] if self.evaluate_many is None else list(self.evaluate_many(len(shown)))
+            found = [self.evaluate()] if self.evaluate_many is None else self.evaluate_many(len(shown))
             values += _checked(found, shown)
         return values
 
@@ -100,7 +100,7 @@ def recalibrated(model: nn.Module, run: Callable[[], None]) -> Iterator[None]:
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     kept = [(norm, norm.momentum, {name: b.clone() for name, b in norm.named_buffers()}) for norm in norms]
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         for norm in norms:
@@ -118,12 +118,21 @@ def recalibrated(model: nn.Module, run: Callable[[], None]) -> Iterator[None]:
             norm.momentum = momentum
             for name, buffer in norm.named_buffers():
                 buffer.copy_(buffers[name])
-        model.train(was_training)
+        for module, mode in modes:  # parents come first, so that parts of another mode have the last word
+            if module.training != mode:
+                module.train(mode)
 
 
-def _checked(values: Sequence[Any], candidates: Sequence[Candidate]) -> list[float]:
+def _checked(values: Any, candidates: Sequence[Candidate]) -> list[float]:
+    try:
+        values = list(values)
+    except TypeError:
+        raise InputError(f"evaluate_many returned {values!r}: return a list of a number for each candidate") from None
     if len(values) != len(candidates):
-        raise InputError(f"evaluate_many gave {len(values)} values for {len(candidates)} candidates")
+        raise InputError(
+            f"evaluate_many returned {len(values)} values for the {len(candidates)} candidates from {candidates[0]} on: "
+            "return a number for each of the copies of the batch that it is told of"
+        )
     for value, candidate in zip(values, candidates, strict=True):
         if type(value) is bool or not isinstance(value, Real) or not math.isfinite(value):
             raise InputError(

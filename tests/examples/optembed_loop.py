@@ -1,0 +1,70 @@
+"""A plain click model, and a loop of plain PyTorch that takes it through the phases of any strategy, ``optembed``'s too.
+
+model = ClickModel({"user": 6040, "movie": 3706, "hour": 24})
+embcomp.compress_(model, "optembed", budget="25%")
+train(model, train_batches, validation)
+embcomp.finalize_(model)
+"""
+
+from functools import partial
+from itertools import cycle
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from embcomp.training import Phases
+
+
+class ClickModel(nn.Module):
+    def __init__(self, sizes, dim=8, hidden=16):
+        super().__init__()
+        self.embeddings = nn.ModuleDict({name: nn.Embedding(size, dim) for name, size in sizes.items()})
+        for layer in self.embeddings.values():
+            nn.init.normal_(layer.weight, std=0.1)
+        width = len(sizes) * dim
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, 1))
+
+    def forward(self, inputs):
+        return self.mlp(torch.cat([layer(inputs[name]) for name, layer in self.embeddings.items()], -1)).squeeze(-1)
+
+
+def train(model, train_batches, validation_batches, epochs=3, learning_rate=0.02, checkpoint=None):
+    """Batches are pairs of inputs and labels; ``checkpoint`` is a file that an interrupted search goes on from."""
+    phases, validation = Phases(model), cycle(validation_batches)
+
+    def quality(number=1):
+        """The negative log loss of each of ``number`` candidates, which see a copy of the batch each."""
+        model.eval()
+        losses = torch.zeros(number)
+        with torch.no_grad():
+            for inputs, labels in validation_batches:
+                logits = model({name: ids.repeat(number) for name, ids in inputs.items()}).view(number, -1)
+                every = F.binary_cross_entropy_with_logits(logits, labels.expand_as(logits), reduction="none")
+                losses += every.sum(1)
+        return [-loss for loss in losses.tolist()]
+
+    def run_on_train_batches():
+        for inputs, _ in train_batches:
+            model(inputs)
+
+    for phase in phases:
+        phases.enter_(phase)
+        if phase.is_search:
+            phases.search_(lambda: quality()[0], quality, run_on_train_batches, checkpoint=checkpoint)
+        else:
+            optimizer = torch.optim.Adam(phases.parameters(), learning_rate)
+            for _ in range(phase.epochs or epochs):
+                model.train()
+                for inputs, labels in train_batches:
+                    optimizer.zero_grad()
+                    loss = partial(F.binary_cross_entropy_with_logits, target=labels)
+                    phases.loss(partial(model, inputs), loss).backward()
+                    optimizer.step()
+                    phases.step_()
+                    if phase.bilevel:
+                        inputs, labels = next(validation)
+                        loss = partial(F.binary_cross_entropy_with_logits, target=labels)
+                        phases.architecture_step_(partial(model, inputs), loss)
+        phases.leave_(phase)
+    return phases

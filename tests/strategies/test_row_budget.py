@@ -1,0 +1,148 @@
+"""Rows under a budget against a list of all rows, best per value first, that is kept as far as it fits."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embcomp import TableSpec
+from embcomp.strategies._pruned import PrunedConfig, form_bytes
+from embcomp.strategies._row_budget import RowBudget, Shrinker
+
+DIM = 16
+ROW_BYTES = {"float32": lambda w: 4 * w, "int8": lambda w: w, "int4:row": lambda w: w / 2 + 4}
+KINDS = ("distinct", "tied", "infinite", "ordered")
+
+
+def draw_scores(size, kind, gone, random):
+    """Scores of one table, float32; a share of its rows should be gone."""
+    worth = np.exp(random.uniform(-9, 9, size)).astype(np.float32)
+    if kind == "tied":
+        worth = random.integers(1, 4, size).astype(np.float32)
+    elif kind == "infinite":
+        worth[random.random(size) < 0.3] = np.inf
+    score = np.where(random.random(size) < gone, -1 / worth, worth)
+    return np.sort(score)[::-1].tolist() if kind == "ordered" else score.tolist()
+
+
+class Case:
+    """Tables, scores and a limit, and the slow way to say what fits."""
+
+    def __init__(self, scores, widths, rows="float32", pruned="oov", unseen="error", share=None, projection="none"):
+        self.scores, self.widths, self.sizes = scores, tuple(widths), [len(part) for part in scores]
+        self.specs = [TableSpec(f"t{table}", size, DIM) for table, size in enumerate(self.sizes)]
+        self.has_shared = pruned == "oov" or unseen == "oov_row"
+        self.spares_shared = pruned == "oov" and unseen != "oov_row"  # tables that are whole need no shared row
+        self.prices = [ROW_BYTES[rows](width) for width in widths]
+        is_rising = [any(a < b for a, b in zip(part, part[1:], strict=False)) for part in scores]
+        self.fees = [12 * -(-size // 64) if flag else 0 for size, flag in zip(self.sizes, is_rising, strict=True)]
+        self.config = self.without_limit = PrunedConfig(rows=rows, pruned=pruned, unseen=unseen, projection=projection)
+        self.least, self.most = self.bytes_of(self.parts_of([])), self.bytes_of([[True] * n for n in self.sizes])
+        if share is not None:
+            self.config = replace(self.config, limit_bytes=self.least + math.floor(share * (self.most - self.least)))
+        flat = [value for part in scores for value in [*part, *([math.inf] if self.has_shared else [])]]
+        self.budget = RowBudget(self.specs, self.config, torch.tensor(flat), self.has_shared, form_bytes)
+
+    def bytes_of(self, flags, widths=None):
+        """Exact bytes of a form; a table whose kept ids are its first ones needs no remap."""
+        names = [spec.name for spec in self.specs]
+        numbers = [sum(part) for part in flags]
+        config = replace(
+            self.without_limit,
+            num_kept=dict(zip(names, numbers, strict=True)),
+            dims=dict(zip(names, widths or self.widths, strict=True)),
+            remapped={name: not all(part[:n]) for name, part, n in zip(names, flags, numbers, strict=True)},
+        )
+        rows, remap, matrices = form_bytes(self.specs, config)
+        return sum(rows) + remap + sum(matrices)
+
+    def density(self, table, row):
+        score, width = self.scores[table][row], self.widths[table]
+        return score / width if score > 0 else score * width
+
+    def ranked(self):
+        """All rows as (table, id), best per value first, of equals the first."""
+        rows = [(table, row) for table, size in enumerate(self.sizes) for row in range(size)]
+        return sorted(rows, key=lambda place: -self.density(*place))
+
+    def parts_of(self, rows):
+        """Flags of some rows, and of whole tables where the rest costs less than saying which rows they are."""
+        flags = [[False] * size for size in self.sizes]
+        for table, row in rows:
+            flags[table][row] = True
+        return [[True] * len(part) if self.is_completed(table, sum(part)) else part for table, part in enumerate(flags)]
+
+    def is_completed(self, table, number):
+        left = self.sizes[table] - number - self.spares_shared
+        return number > 0 and left * self.prices[table] <= self.fees[table]
+
+    def ids_of(self, flags):
+        """Flags of the ids of each table, out of those of all rows."""
+        return [part[:size].tolist() for part, size in zip(flags.split(self.budget.segments), self.sizes, strict=True)]
+
+    def cut_flags(self):
+        return [[s > cut for s in part] for part, cut in zip(self.scores, self.budget.cuts(self.widths), strict=True)]
+
+
+@st.composite
+def cases(draw, most_ids, kinds=KINDS, projections=("none",)):
+    tables = draw(st.integers(1, 4))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    gone = draw(st.sampled_from([0.0, 0.3, 1.0]))
+    return Case(
+        [
+            draw_scores(draw(st.integers(1, most_ids)), draw(st.sampled_from(kinds)), gone, random)
+            for _ in range(tables)
+        ],
+        [draw(st.integers(1, DIM)) for _ in range(tables)],
+        draw(st.sampled_from(list(ROW_BYTES))),
+        draw(st.sampled_from(["oov", "zero"])),
+        draw(st.sampled_from(["error", "oov_row"])),
+        draw(st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1e-3, 0.999, 1.0]))),
+        draw(st.sampled_from(projections)),
+    )
+
+
+@settings(deadline=None, max_examples=200)
+@given(case=cases(12, projections=("none", "linear")))
+def test_of_tiny_tables_the_longest_list_that_fits_is_kept(case):
+    limit, ranked, budget = case.config.limit_bytes, case.ranked(), case.budget
+    parts = [case.parts_of(ranked[:first]) for first in range(len(ranked) + 1)]
+    fitting = [flags for flags in parts if budget.bytes_of(case.widths, [sum(part) for part in flags]) <= limit]
+    assert case.ids_of(budget.kept(case.widths)) == fitting[-1]
+
+
+@settings(deadline=None, max_examples=200)
+@given(case=cases(2000))
+def test_rows_are_kept_in_order_until_the_limit_is_used_up(case):
+    flags, ranked = case.ids_of(case.budget.kept(case.widths)), case.ranked()
+    used = case.bytes_of(flags)
+    assert used <= case.config.limit_bytes
+    left_out = [place for place, (table, row) in enumerate(ranked) if not flags[table][row]]
+    if not left_out:
+        return
+    assert case.config.limit_bytes < case.most
+    first = left_out[0]
+    assert case.parts_of(ranked[:first]) == flags
+    table, _ = ranked[first]
+    assert case.config.limit_bytes - used < case.prices[table] + case.fees[table] + 4 * DIM
+
+
+@settings(deadline=None, max_examples=200)
+@given(case=cases(2000))
+def test_cuts_keep_what_is_kept_to_within_a_row_and_never_more(case):
+    cut, kept = case.cut_flags(), case.ids_of(case.budget.kept(case.widths))
+    assert case.bytes_of(cut) <= case.config.limit_bytes
+    densities = [case.density(*place) for place in case.ranked()]
+    if len(set(densities)) < len(densities):
+        return
+    assert all(
+        flag >= other for part, others in zip(kept, cut, strict=True) for flag, other in zip(part, others, strict=True)
+    )
+    missing = [sum(part) - sum(others) for part, others in zip(kept, cut, strict=True)]
+    worth = sum(price * number for price, number in zip(case.prices, missing, strict=True))
+    assert worth <= 2 * max(case.prices) + sum(case.fees)
