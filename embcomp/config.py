@@ -8,6 +8,7 @@ a saved config builds the same tables again without data at hand.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -186,13 +187,18 @@ def check_at_least(config: object, field: str, minimum: float) -> None:
 
 def check_field_types(config: object) -> None:
     """Raise `ConfigError` where a field's value is not of its annotated type (ints are fine for floats)."""
-    hints = typing.get_type_hints(type(config))
+    hints = _hints(type(config))  # type: ignore[arg-type]
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         value = getattr(config, field.name)
         if not _is_of(value, hints[field.name]):
             raise ConfigError(
                 f"{type(config).__name__}({field.name}={value!r}): must be {field.type}, not {type(value).__name__}"
             )
+
+
+@functools.cache  # searches make a config for every form that they weigh
+def _hints(config_class: type) -> dict[str, Any]:
+    return typing.get_type_hints(config_class)
 
 
 def _is_of(value: Any, hint: Any) -> bool:

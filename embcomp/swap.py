@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from embcomp.reporting import format_rows, table_rows
 from embcomp.sites import Fields, Filter, Patterns, Site, attach, choose, find_groups, find_sites, home_of, owner_path
 from embcomp.specs import TableSpec
 from embcomp.tables import EmbeddingTables
+
+if TYPE_CHECKING:
+    from embcomp.training.search import FrontPoint
 
 INITS = ("random", "trained")
 
@@ -56,6 +59,26 @@ class Compression:
         for tables in self.tables:
             tables.finalize_()
         return self
+
+    def pareto(self) -> list[FrontPoint]:
+        """The front of sizes that one training has led to; see `EmbeddingTables.pareto`.
+
+        Raises:
+            ConfigError: if there are several groups, each of which has its own, or the strategy has no front.
+        """
+        return self._only_group("pareto").pareto()
+
+    def cut_(self, budget: str | float | Budget) -> Compression:
+        """Go to another budget on that front, before `finalize_`; see `EmbeddingTables.cut_`."""
+        self._only_group("cut_").cut_(budget)
+        return self
+
+    def _only_group(self, method: str) -> EmbeddingTables:
+        if len(self.tables) != 1:
+            raise ConfigError(
+                f"the model has {len(self.tables)} groups of tables: call {method} of each, for tables in handle.tables"
+            )
+        return self.tables[0]
 
     def to_dense(self) -> dict[str, Tensor]:
         """Dense rows of every table: name -> float32 ``(V, D)``, without gradients."""

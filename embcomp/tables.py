@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embcomp.bags import bag_bounds, check_pooling
-from embcomp.config import StrategyConfig
+from embcomp.config import StrategyConfig, strategy_of
 from embcomp.errors import ConfigError, IncompatibleStateError, InputError, SpecError, UnseenIdError, did_you_mean
 from embcomp.hashing import check_range, hash_seed, hash_to_range
 from embcomp.memory import SHARED, MemoryPart, MemoryReport, format_bytes
@@ -24,7 +24,8 @@ from embcomp.specs import Knowledge, TableSpec, as_int, check_group
 from embcomp.storage import RowStore
 
 if TYPE_CHECKING:
-    from embcomp.training.search import Candidate, Search
+    from embcomp.budget import Budget
+    from embcomp.training.search import Candidate, FrontPoint, Search
 
 CHUNK = 65536
 """Ids that are composed at once where a whole vocabulary is asked for."""
@@ -51,6 +52,8 @@ class EmbeddingTables(nn.Module):
     """Whether steps of the knob are small enough to use 98 % of a budget."""
     takes_any_id: ClassVar[bool] = False
     """Whether `lookup` takes every int64 id, so that ``unseen="hash"`` needs no detour."""
+    has_zero_vectors: ClassVar[bool] = False
+    """Whether vectors that are evaluated or served may be zero, because the strategy prunes values."""
 
     _sizes: Tensor
     _pads: Tensor
@@ -62,6 +65,7 @@ class EmbeddingTables(nn.Module):
         super().__init__()
         self.specs = check_group(specs)
         self.config: Any = config
+        self.built_config: Any = config  # config follows what training chooses
         self.embedding_dim = self.specs[0].embedding_dim
         self.num_tables = len(self.specs)
         self.names = tuple(spec.name for spec in self.specs)
@@ -160,6 +164,23 @@ class EmbeddingTables(nn.Module):
     def adopt_(self, candidate: Candidate) -> None:
         """Take the form that a search has chosen."""
         raise NotImplementedError
+
+    def pareto(self) -> list[FrontPoint]:
+        """Forms of falling size that one training has led to, with bytes and validation values, the largest first.
+
+        Raises:
+            ConfigError: if the strategy has no such front, or it is not there yet.
+        """
+        raise ConfigError(f"strategy {strategy_of(self.config).name!r} has no front of sizes: 'nested' has one")
+
+    def cut_(self, budget: str | float | Budget) -> None:
+        """Go to the form of the front that a budget allows; nothing is trained or evaluated.
+
+        Raises:
+            ConfigError: as `pareto`.
+            BudgetError: if the budget can't be read, or the smallest form takes more.
+        """
+        self.pareto()
 
     # ---- lookups ----------------------------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ def measure_deepfm(steps: int, rows: tuple[int, int] = FRAPPE_ROWS) -> Iterator[
         steps: of each contestant.
         rows: of the made training and validation split, where there is no Frappe.
     """
-    data = _frappe() or made_log(rows)
+    data = frappe() or made_log(rows)
     torch.manual_seed(0)
     tables = build_tables(DeepFM.table_specs(data.fields, DIM))
     model = DeepFM(tables, hidden_units=HIDDEN_UNITS, batch_norm=True, dropout=DROPOUT)
@@ -145,7 +145,7 @@ class _Turns(Callback):
         self._since = time.perf_counter()
 
 
-def _frappe() -> ClickLog | None:
+def frappe() -> ClickLog | None:
     root = os.environ.get("EMBCOMP_DATA")
     if root and (Path(root) / "frappe").is_dir():
         return load_dataset("frappe", root)

@@ -35,6 +35,7 @@ class PrunedRows(RowStore):
         importance: float32 ``(R,)``, what magnitudes of a row are multiplied by before they are compared; or None.
         last_rows: rows whose values are kept only where there is room to spare, such as those of padding ids.
         is_pruned: whether `mask` is settled.
+        is_free: whether evaluation shows whole rows as long as it is not: post-training pruning, in the middle of it.
     """
 
     weight: nn.Parameter
@@ -49,7 +50,7 @@ class PrunedRows(RowStore):
         self._form = (row_format, num_values, num_slots, layout)
         self._size = sparse_bytes(self.segments, self.dim, *self._form)
         self.num_values, self.min_per_row = num_values, min_per_row
-        self.is_pruned = False
+        self.is_pruned = self.is_free = False
         self.last_rows: tuple[int, ...] = ()
         bits = torch.full((packing.packed_bytes(self.num_rows, self.dim, 1),), 255, dtype=torch.uint8)
         self.register_buffer("mask", bits)
@@ -62,9 +63,10 @@ class PrunedRows(RowStore):
 
     def forward(self, rows: Tensor, segment: Segment = None) -> Tensor:
         vectors = super().forward(rows, segment)
-        if not self.is_pruned and not self.training and not torch.compiler.is_compiling():
+        shows_whole = self.is_free and not self.is_pruned
+        if not (self.is_pruned or self.training or shows_whole or torch.compiler.is_compiling()):
             self._refresh()
-        mask = self.mask if self.is_pruned else self._shown
+        mask = self.mask if self.is_pruned else None if shows_whole else self._shown
         if mask is None:
             return vectors
         return torch.where(packing.gather(mask, rows, self.dim, 1).bool(), vectors, 0.0)
@@ -72,7 +74,7 @@ class PrunedRows(RowStore):
     def train(self, mode: bool = True) -> Self:
         """Switch between training and evaluation."""
         super().train(mode)
-        if mode or self.is_pruned:
+        if mode or self.is_pruned or self.is_free:
             self._shown = self._shown_for = None
         else:
             self._refresh()

@@ -56,6 +56,11 @@ class PrunedConfig(StrategyConfig):
         check_choice(self, "projection", PROJECTIONS)
         check_granularity(RowFormat.parse(self.rows))
 
+    @property
+    def is_projected(self) -> bool:
+        """Whether there are matrices: only where there may be narrow rows."""
+        return self.projection == "linear"
+
 
 class PrunedTables(EmbeddingTables):
     """Rows of all ids at full width while training, those that are kept at their tables' widths when served.
@@ -83,7 +88,7 @@ class PrunedTables(EmbeddingTables):
             config.rows, [size + self.has_shared for size in self.sizes], self.embedding_dim, config.sparse
         )
         self.projection: PrefixProjection | None = None
-        if config.projection == "linear":
+        if config.is_projected:
             self.projection = PrefixProjection(self.num_tables, self.embedding_dim)
         self.constant("_starts", self.rows.starts())
         self.register_buffer("kept", torch.zeros(self.rows.num_rows, dtype=torch.bool))
@@ -338,7 +343,7 @@ def served_form(specs: Sequence[TableSpec], config: Any) -> tuple[list[bool], li
     shared = _stored_shared(specs, config)
     segments = [config.num_kept[spec.name] + own for spec, own in zip(specs, shared, strict=True)]
     widths = [config.dims[spec.name] for spec in specs]
-    if config.projection == "none":
+    if not config.is_projected:
         return shared, segments, widths, [0] * len(specs)
     dim, row_format = specs[0].embedding_dim, _row_format(specs, config)
     return shared, segments, *fold(segments, widths, range(len(specs)), dim, row_format)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -59,16 +61,23 @@ class RowBudget:
     # ---- what candidates keep ---------------------------------------------------------------------------------------
 
     def cuts(self, widths: Candidate) -> list[float]:
-        """Scores above which rows are kept, one for each table, so that the form fits the budget to within a row."""
+        """Scores above which rows are kept, one for each table, so that the form fits the budget to within a row.
+
+        Where rows are worth the same, all of them are kept or none.
+        """
         if self.config.limit_bytes is None:
             return [0.0] * len(widths)
         width, prices = np.array(widths), np.array([self._row_bytes(width) for width in widths])
-        left = self.config.limit_bytes - self.bytes_of(widths, [0] * len(widths))
+
+        @cache
+        def fits(number: tuple[int, ...]) -> bool:
+            return self.bytes_of(widths, number) <= self.config.limit_bytes
+
         low, high = _LOWEST, _HIGHEST  # the highest density keeps nothing that can be left out
         while high - low > 1:
             middle = (low + high) // 2
-            fits = self._cost(self._numbers(_cut(_density_of(middle), width), prices), prices) <= left
-            low, high = (low, middle) if fits else (middle, high)
+            number = self._numbers(_cut(_density_of(middle), width), prices)
+            low, high = (low, middle) if fits(tuple(number.tolist())) else (middle, high)
         cut = _cut(_density_of(high), width)
         found: list[float] = np.where(self._numbers(cut, prices) == self.sizes, -math.inf, cut).tolist()
         return found
@@ -110,12 +119,12 @@ class RowBudget:
         names = [spec.name for spec in self.specs]
         partly = [0 < n < spec.num_embeddings for n, spec in zip(number, self.specs, strict=True)]
         remapped = [some and not ordered for some, ordered in zip(partly, self.is_ordered, strict=True)]
-        config = replace(
-            self.config,
-            num_kept=dict(zip(names, map(int, number), strict=True)),
-            dims=dict(zip(names, widths, strict=True)),
-            remapped=dict(zip(names, remapped, strict=True)),
-        )
+        form = {
+            "num_kept": dict(zip(names, map(int, number), strict=True)),
+            "dims": dict(zip(names, widths, strict=True)),
+            "remapped": dict(zip(names, remapped, strict=True)),
+        }
+        config = SimpleNamespace(**{**vars(self.config), **form})  # unchecked: a search asks thousands of times
         rows, remap, matrices = self.form_bytes(self.specs, config)
         return sum(rows) + remap + sum(matrices)
 
@@ -131,16 +140,12 @@ class RowBudget:
         saved = prices * (self.sizes - numbers - self._spared)
         return np.where((numbers > 0) & (saved <= self._fees), self.sizes, numbers)
 
-    def _cost(self, numbers: np.ndarray, prices: np.ndarray) -> float:
-        partly, whole = (numbers > 0) & (numbers < self.sizes), numbers == self.sizes
-        return float(((numbers - self._spared * whole) * prices + self._fees * partly).sum())
-
     def _row_bytes(self, width: int) -> float:
-        """Bytes of one more row, from the difference that a thousand make."""
+        """Bytes of one more row of many, from the difference that a thousand make."""
         if width not in self._costs:
             spec = replace(self.specs[0], num_embeddings=10**6)
             sizes = []
-            for number in (1000, 2000):
+            for number in (998_000, 999_000):
                 config = replace(
                     self.config, num_kept={spec.name: number}, dims={spec.name: width}, remapped={spec.name: False}
                 )

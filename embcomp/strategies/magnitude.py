@@ -72,9 +72,10 @@ class MagnitudeTables(EmbeddingTables):
     be cut from them afterwards. Here the budget is bytes of what is served, its index included, and not a share of
     values; it is spent to the last value, as magnitudes that are equal are told apart by their places.
 
-    Training sees whole rows, evaluation what would be served if training ended now, so that validation and model
-    selection judge the pruned tables. `prune_` settles which values are kept, and lookups in training then show only
-    them; `load_dense_` does so too, `finalize_` at the latest, and with ``finetune_epochs`` a second phase of training.
+    Training sees whole rows, and so does validation in its phase, since the tables are pruned when they are trained;
+    `prune_` settles which values are kept, and lookups then show only them. The end of the phase does so, `load_dense_`
+    too, and `finalize_` at the latest; with ``finetune_epochs`` a second phase goes on training what is kept. Outside
+    of phases, evaluation shows what would be served if training ended now.
     Checkpoints of the training form hold a bit per value for it; counts, for ``weighted``, are in no checkpoint.
 
     Values of padding ids are pruned first. Other ids may be left with zeros too, and so may unseen ids that share
@@ -124,9 +125,16 @@ class MagnitudeTables(EmbeddingTables):
         return (Phase("train"), Phase("finetune", epochs=epochs)) if epochs else PLAIN
 
     def enter_phase_(self, phase: Phase) -> None:
-        if phase.name == "finetune":
-            self.prune_()
-            self.rows.fit_scales_()
+        if isinstance(self.rows, PrunedRows):
+            self.rows.is_free = phase.name == "train"
+            if phase.name == "finetune":
+                self.prune_()
+                self.rows.fit_scales_()
+
+    def leave_phase_(self, phase: Phase) -> None:
+        if isinstance(self.rows, PrunedRows):
+            self.rows.is_free = False
+        self.prune_()
 
     # ---- sizes ------------------------------------------------------------------------------------------------------
 

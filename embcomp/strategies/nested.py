@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from embcomp.budget import Budget
 from embcomp.config import StrategyConfig, check_at_least, check_choice, register_strategy
 from embcomp.errors import BudgetError, ConfigError
 from embcomp.memory import MemoryReport
@@ -23,9 +24,10 @@ from embcomp.strategies._candidates import first_block
 from embcomp.strategies._prefix_projection import PrefixProjection, fold
 from embcomp.strategies._projected import PROJECTIONS, principal_axes
 from embcomp.tables import EmbeddingTables
-from embcomp.training.greedy import FrontPoint, GreedyCut
-from embcomp.training.search import Candidate, Search
+from embcomp.training.greedy import GreedyCut
+from embcomp.training.search import Candidate, FrontPoint, Search
 
+RETRAIN = ("none", "finetune", "initial")
 _NOWHERE = torch.iinfo(torch.int64).max
 _PART = re.compile(r"(\d+)<(\d+)")
 
@@ -42,7 +44,8 @@ class NestedConfig(StrategyConfig):
         distill: weight of the divergence of narrower passes' predictions from those of the full width.
         tiers: frequency tiers that a table is cut into, each with a width of its own; only where counts are given, and
             ids are numbered by falling frequency.
-        finetune_epochs: epochs of training after the cut, with the widths that were chosen.
+        retrain: what follows the cut: ``"none"``; ``"finetune"``: training goes on with the widths that were chosen;
+            ``"initial"``: it begins anew with them, from the first weights.
         layout: table name -> ``"stop<width"`` for consecutive ranges of ids, joined by spaces; None to let the budget,
             then the cut choose.
         limit_bytes: serve bytes that the cut ends at; None for all. The budget sets it.
@@ -52,7 +55,7 @@ class NestedConfig(StrategyConfig):
     projection: str = "linear"
     distill: float = 0.0
     tiers: int = 1
-    finetune_epochs: int = 0
+    retrain: str = "none"
     layout: dict[str, str] | None = None
     limit_bytes: int | None = None
 
@@ -62,7 +65,7 @@ class NestedConfig(StrategyConfig):
         check_choice(self, "projection", PROJECTIONS)
         check_at_least(self, "distill", 0)
         check_at_least(self, "tiers", 1)
-        check_at_least(self, "finetune_epochs", 0)
+        check_choice(self, "retrain", RETRAIN)
         if self.ladder is not None and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.ladder):
             raise ConfigError(f"NestedConfig(ladder={self.ladder!r}): write rising widths, such as '1,2,4,8,16'")
         for name, text in (self.layout or {}).items():
@@ -180,13 +183,12 @@ class NestedTables(EmbeddingTables):
     # ---- phases -----------------------------------------------------------------------------------------------------
 
     def phases(self) -> tuple[Phase, ...]:
-        narrower = ("random", "narrow") if len(self._ladder) > 1 else ()
-        train = Phase("train", passes=("full", *narrower), distill=self.config.distill)
-        finetune = (Phase("finetune", epochs=self.config.finetune_epochs),) if self.config.finetune_epochs else ()
-        return (train, Phase("cut", kind="search"), *finetune)
+        train = Phase("train", passes=("full", "random", "narrow"), distill=self.config.distill)
+        retrain = (Phase("retrain", rewind=self.config.retrain == "initial"),) if self.config.retrain != "none" else ()
+        return (train, Phase("cut", kind="search"), *retrain)
 
     def enter_phase_(self, phase: Phase) -> None:
-        self._training_form = phase.name == "train"
+        self._training_form = phase.name != "retrain"
         self._pass = "full"
 
     def leave_phase_(self, phase: Phase) -> None:
@@ -214,32 +216,24 @@ class NestedTables(EmbeddingTables):
         self._shown = torch.tensor(widths, device=self.widths.device)
 
     def adopt_(self, candidate: Candidate) -> None:
-        self._shown = None
+        self._training_form, self._shown = False, None
         self._choose(self._between(candidate))
 
     def pareto(self) -> list[FrontPoint]:
-        """The way of the last cut: forms with their bytes and their validation values, the largest first.
-
-        Raises:
-            ConfigError: if these tables have not been cut.
-        """
         if self._cutting is None:
             raise ConfigError("there is no front before the cut: run the phases first, with embcomp.training.Phases")
         return self._cutting.front()
 
-    def cut_(self, budget: int) -> None:
-        """Go to another budget in serve bytes, on the way of the last cut; nothing is trained or evaluated.
-
-        Raises:
-            ConfigError: if these tables have not been cut.
-            BudgetError: if the smallest form takes more.
-        """
-        smallest = self.pareto()[-1].bytes
+    def cut_(self, budget: str | float | Budget) -> None:
+        limit, smallest = (
+            Budget.parse(budget).bytes(sum(spec.full_bytes for spec in self.specs)),
+            self.pareto()[-1].bytes,
+        )
         assert self._cutting is not None
-        if budget < smallest:
-            raise BudgetError(f"the smallest form takes {smallest} B, the budget is {budget} B", smallest)
-        self._cutting.limit = budget
-        self._choose(self._between(self._cutting.within(budget)))
+        if limit < smallest:
+            raise BudgetError(f"the smallest form takes {smallest} B, budget {budget} is {limit} B", smallest)
+        self._cutting.limit = limit
+        self._choose(self._between(self._cutting.within(limit)))
 
     # ---- the form that is served ------------------------------------------------------------------------------------
 

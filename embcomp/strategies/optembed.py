@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from embcomp.config import check_at_least, check_choice, register_strategy
 from embcomp.errors import ConfigError
 from embcomp.phases import Phase
-from embcomp.specs import TableSpec
+from embcomp.specs import Knowledge, TableSpec
 from embcomp.strategies._candidates import first_block, owners
 from embcomp.strategies._pruned import PrunedConfig, PrunedTables, form_bytes
 from embcomp.strategies._row_budget import RowBudget, Shrinker
 from embcomp.training.evolution import Evolution
 from embcomp.training.search import Candidate, Search
 
+SAMPLINGS = ("log_uniform", "uniform")
 SCORES = ("auto", "norm", "norm_frequency", "frequency", "taylor")
 CONSTRAINTS = ("prune", "shrink", "reject")
 STARTS = ("initial", "supernet")
@@ -32,6 +33,8 @@ class OptEmbedConfig(PrunedConfig):
     Attributes:
         prune_rows: learn which rows to keep; False is the paper's OptEmbed-D.
         search_dims: search widths of fields; False is the paper's OptEmbed-E.
+        sampling: how widths are drawn, in the supernet and by the search: ``"log_uniform"``, in proportion to ``1/w``,
+            so that small forms are trained as much as large ones; ``"uniform"``, as in the paper.
         norm: 1 or 2: the norm of a row that its threshold is compared with.
         threshold_per_id: a threshold for every id instead of every table.
         threshold_lr: learning rate of the thresholds' SGD.
@@ -59,6 +62,7 @@ class OptEmbedConfig(PrunedConfig):
 
     prune_rows: bool = True
     search_dims: bool = True
+    sampling: str = "log_uniform"
     norm: int = 1
     threshold_per_id: bool = False
     threshold_lr: float = 1e-4
@@ -78,6 +82,7 @@ class OptEmbedConfig(PrunedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice(self, "sampling", SAMPLINGS)
         check_choice(self, "score", SCORES)
         check_choice(self, "constraint", CONSTRAINTS)
         check_choice(self, "retrain_from", STARTS)
@@ -95,6 +100,11 @@ class OptEmbedConfig(PrunedConfig):
             raise ConfigError(f"OptEmbedConfig(decay={self.decay!r}): must be below 1")
         if not self.prune_rows and not self.search_dims:
             raise ConfigError("OptEmbedConfig(prune_rows=False, search_dims=False): nothing is left to choose")
+
+    @property
+    def is_projected(self) -> bool:
+        """Whether there are matrices: only where there may be narrow rows."""
+        return self.projection == "linear" and self.search_dims
 
 
 @register_strategy("optembed", OptEmbedConfig)
@@ -117,6 +127,7 @@ class OptEmbedTables(PrunedTables):
     config: OptEmbedConfig
     thresholds: nn.Parameter
     importance: Tensor
+    _levels: Tensor
     _frequency: Tensor
     _score: Tensor
 
@@ -133,6 +144,8 @@ class OptEmbedTables(PrunedTables):
             self.thresholds = nn.Parameter(torch.zeros(number), requires_grad=False)
             if config.score == "taylor":
                 self.register_buffer("importance", torch.zeros(self.rows.num_rows))
+        harmonic = (1 / torch.arange(1, self.embedding_dim + 1, dtype=torch.float64, device="cpu")).cumsum(0)
+        self.constant("_levels", (harmonic / harmonic[-1]).float())
         self._keep_frequency(counts or {})
 
     def _keep_frequency(self, counts: Mapping[str, Tensor]) -> None:
@@ -165,8 +178,7 @@ class OptEmbedTables(PrunedTables):
                 vectors = vectors * gate
         if self.training:
             if self.config.search_dims:
-                widths = torch.randint(1, self.embedding_dim + 1, vectors.shape[:-1], device=vectors.device)
-                vectors = vectors * self.prefix(widths)
+                vectors = vectors * self.prefix(self._drawn_widths(vectors.shape[:-1]))
             self._note(rows, vectors)
         return self.projected(vectors, table)
 
@@ -184,6 +196,12 @@ class OptEmbedTables(PrunedTables):
         else:
             shown = shown & kept
         return self.projected(torch.where(shown, vectors, 0.0), table).flatten(0, 1)
+
+    def _drawn_widths(self, shape: Sequence[int]) -> Tensor:
+        """A width for every sample and field, each on its own."""
+        if self.config.sampling == "uniform":
+            return torch.randint(1, self.embedding_dim + 1, shape, device=self.kept.device)
+        return torch.searchsorted(self._levels, torch.rand(shape, device=self.kept.device)) + 1
 
     def _shared_vectors(self, table: Tensor | int | None) -> Tensor:
         """What ids without a row get: float32 ``(T, D)``, or broadcastable to ``table`` and D."""
@@ -280,7 +298,8 @@ class OptEmbedTables(PrunedTables):
             config.parents,
             config.mutation_probability,
             repair=repair,
-            seeds=[(width,) * self.num_tables for width in sorted({dim, -(-dim // 2), -(-dim // 4)}, reverse=True)],
+            seeds=[(width,) * self.num_tables for width in _uniform_widths(dim)],
+            power=1.0 if config.sampling == "log_uniform" else 0.0,
             seed=config.seed,
         )
 
@@ -331,6 +350,20 @@ class OptEmbedTables(PrunedTables):
             return norms
         return self._frequency.clone() if score == "frequency" else norms * self._frequency
 
+    # ---- sizes ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def size_range(cls, specs: Sequence[TableSpec], config: Any, known: Knowledge) -> tuple[int, int]:
+        if config.prune_rows or config.num_kept is not None or config.dims is not None:
+            return super().size_range(specs, config, known)
+        return 1, specs[0].embedding_dim
+
+    @classmethod
+    def resize(cls, specs: Sequence[TableSpec], config: Any, size: int, known: Knowledge) -> Any:
+        if config.prune_rows or config.num_kept is not None or config.dims is not None:
+            return super().resize(specs, config, size, known)
+        return cls.complete(specs, replace(config, dims={spec.name: size for spec in specs}), known)
+
     def training_only(self) -> list[str]:
         names = ["thresholds", "importance", "_frequency"]
         return [*super().training_only(), *(name for name in names if hasattr(self, name))]
@@ -351,3 +384,8 @@ class Step(torch.autograd.Function):
         size = ctx.saved_tensors[0].abs()
         slope = torch.where(size <= 0.4, 2 - 4 * size, torch.where(size <= 1, 0.4, 0.0))
         return gradient * slope
+
+
+def _uniform_widths(dim: int) -> list[int]:
+    """Widths at which "the same smaller dimension for every field" is among the first candidates."""
+    return sorted({dim, *(-(-dim // 2**power) for power in range(1, dim.bit_length()))}, reverse=True)

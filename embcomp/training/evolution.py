@@ -35,6 +35,7 @@ class Evolution(Search):
         patience: rounds without a better candidate after which the search ends; None for never.
         repair: brings candidates within a budget; where no draw is allowed, the search begins with ``low``.
         seeds: candidates of the first round beside the random ones, which they replace.
+        power: random values v are drawn in proportion to ``v ** -power``: 0 for uniform, 1 for log-uniform draws.
         seed: of all draws.
     """
 
@@ -50,6 +51,7 @@ class Evolution(Search):
         patience: int | None = None,
         repair: Repair | None = None,
         seeds: Sequence[Candidate] = (),
+        power: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -57,6 +59,9 @@ class Evolution(Search):
         self.generations, self.num_mutations, self.num_crossovers = generations, num_mutations, num_crossovers
         self.num_parents, self.mutation_probability, self.patience = num_parents, mutation_probability, patience
         self.repair, self.seeds = repair, tuple(seeds)
+        values = [np.arange(lowest, highest + 1) for lowest, highest in zip(self.low, self.high, strict=True)]
+        shares = [np.maximum(value, 1.0) ** -power for value in values]
+        self._draws = [(value, share / share.sum()) for value, share in zip(values, shares, strict=True)]
         self.generation, self.stale = 0, 0
         self._pending: list[Candidate] | None = None
         self._random = np.random.default_rng(seed)
@@ -127,7 +132,7 @@ class Evolution(Search):
         return False
 
     def _draw(self) -> Candidate:
-        return tuple(int(value) for value in self._random.integers(self.low, np.add(self.high, 1)))
+        return tuple(int(self._random.choice(values, p=shares)) for values, shares in self._draws)
 
     def _mutate(self, parents: Sequence[Candidate]) -> Candidate:
         parent = parents[int(self._random.integers(len(parents)))]

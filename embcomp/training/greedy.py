@@ -1,27 +1,19 @@
-"""Greedy cutting: one gene after another a step down, where that costs the least quality per byte."""
+"""Greedy cutting: one gene after another goes down, where that costs the least quality per byte."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
-from embcomp.training.search import Candidate, Search
-
-
-class FrontPoint(NamedTuple):
-    """A form on the way from the largest to the smallest."""
-
-    candidate: Candidate
-    bytes: int
-    value: float
+from embcomp.training.search import Candidate, FrontPoint, Search
 
 
 class GreedyCut(Search):
     """From the top of all ladders to their bottoms, each time by the step that loses the least value per byte saved.
 
-    Steps are compared by what they would cost from where the search is. That is evaluated anew only for the ``at_once``
-    steps that looked cheapest when last evaluated, and the cheapest of those is taken (lazy greedy).
+    A step takes one gene to any lower rung of its ladder. Steps are compared by what they would cost from where the
+    search is; that is evaluated anew only for the ``at_once`` steps that looked cheapest when last evaluated, and the
+    cheapest of those is taken (lazy greedy). The steps of a gene that has moved are evaluated anew in any case.
 
     Args:
         ladders: values of each gene, falling.
@@ -40,44 +32,52 @@ class GreedyCut(Search):
         super().__init__()
         self.limit = limit
         self.ladders, self.cost, self.at_once = [tuple(ladder) for ladder in ladders], cost, at_once
-        self._below = [dict(pairwise(ladder)) for ladder in self.ladders]
         self.path: list[Candidate] = []
-        self._slopes: dict[int, float] = {}
+        self._slopes: dict[tuple[int, int], float] = {}
 
     def ask(self) -> list[Candidate]:
         if not self.path:
             return [tuple(ladder[0] for ladder in self.ladders)]
-        return [candidate for candidate in self._steps().values() if candidate not in self.known]
+        steps = self._steps()
+        stale = [step for step in sorted(steps, key=self._looks) if steps[step] not in self.known]
+        unseen = [step for step in stale if step not in self._slopes]
+        return [steps[step] for step in (unseen or stale[: self.at_once])]
 
     def tell(self, values: Sequence[float]) -> None:
         asked = self.ask()
         self.known.update(zip(asked, map(float, values), strict=True))
         if not self.path:
             self.path = asked
-        while self.path:  # steps that were all evaluated on an earlier way here need no asking
-            steps = self._steps()
-            if not steps or any(candidate not in self.known for candidate in steps.values()):
+        while steps := self._steps():
+            self._slopes |= {step: self._slope(found) for step, found in steps.items() if found in self.known}
+            if any(step not in self._slopes for step in steps):
                 return
-            self._slopes |= {gene: self._slope(candidate) for gene, candidate in steps.items()}
-            gene = min(steps, key=lambda gene: self._slopes[gene])
-            self.path.append(steps[gene])
-            del self._slopes[gene]
+            cheapest = min(steps, key=self._looks)
+            if steps[cheapest] not in self.known:
+                return
+            self.path.append(steps[cheapest])
+            self._slopes = {step: slope for step, slope in self._slopes.items() if step[0] != cheapest[0]}
 
     def state(self) -> dict[str, Any]:
         return {
             "known": [[list(candidate), value] for candidate, value in self.known.items()],
             "path": [list(candidate) for candidate in self.path],
-            "slopes": [[gene, slope] for gene, slope in self._slopes.items()],
+            "slopes": [[*step, slope] for step, slope in self._slopes.items()],
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self.known = {tuple(candidate): value for candidate, value in state["known"]}
         self.path = [tuple(candidate) for candidate in state["path"]]
-        self._slopes = {int(gene): slope for gene, slope in state["slopes"]}
+        self._slopes = {(gene, value): slope for gene, value, slope in state["slopes"]}
 
     @property
     def progress(self) -> tuple[int, int]:
-        return max(len(self.path) - 1, 0), sum(len(ladder) - 1 for ladder in self.ladders)
+        left = (
+            [ladder.index(value) for ladder, value in zip(self.ladders, self.path[-1], strict=True)]
+            if self.path
+            else [0]
+        )
+        return sum(left), sum(len(ladder) - 1 for ladder in self.ladders)
 
     def finalists(self, number: int) -> list[Candidate]:
         return [self.within(self.limit)]
@@ -93,14 +93,18 @@ class GreedyCut(Search):
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
-    def _steps(self) -> dict[int, Candidate]:
-        """Gene -> candidate one step down, for the steps that look cheapest; steps never looked at come first."""
+    def _steps(self) -> dict[tuple[int, int], Candidate]:
+        """(Gene, lower value) -> candidate, for all steps from here."""
         here = self.path[-1]
-        open_genes = [gene for gene, value in enumerate(here) if value in self._below[gene]]
-        unseen = [gene for gene in open_genes if gene not in self._slopes]
-        seen = sorted((gene for gene in open_genes if gene in self._slopes), key=lambda gene: self._slopes[gene])
-        chosen = [*unseen, *seen][: max(self.at_once, len(unseen))]
-        return {gene: (*here[:gene], self._below[gene][here[gene]], *here[gene + 1 :]) for gene in chosen}
+        return {
+            (gene, lower): (*here[:gene], lower, *here[gene + 1 :])
+            for gene, (ladder, value) in enumerate(zip(self.ladders, here, strict=True))
+            for lower in ladder[ladder.index(value) + 1 :]
+        }
+
+    def _looks(self, step: tuple[int, int]) -> float:
+        """What a step cost when it was last evaluated."""
+        return self._slopes.get(step, float("-inf"))
 
     def _slope(self, candidate: Candidate) -> float:
         """Value lost per byte saved; a step that saves nothing is free only if it loses nothing."""

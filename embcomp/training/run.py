@@ -93,7 +93,7 @@ class Phases:
         self.release_()
 
     def release_(self) -> None:
-        """Give gradients back to all but architecture parameters, as `leave_` does; also where a phase was broken off."""
+        """Give gradients back to all but architecture parameters, as `leave_` does, where a phase was broken off."""
         for name, parameters in self._own.items():
             for p in parameters:
                 p.requires_grad_(name != "architecture")

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 Candidate = tuple[int, ...]
 """A form that tables may take: one int per gene, such as the width of each field."""
+
+
+class FrontPoint(NamedTuple):
+    """A form on the way from the largest to the smallest.
+
+    Attributes:
+        candidate: the form.
+        bytes: that it takes to serve.
+        value: of the evaluation, higher being better.
+    """
+
+    candidate: Candidate
+    bytes: int
+    value: float
 
 
 class Search(ABC):

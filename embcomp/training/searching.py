@@ -130,8 +130,8 @@ def _checked(values: Any, candidates: Sequence[Candidate]) -> list[float]:
         raise InputError(f"evaluate_many returned {values!r}: return a list of a number for each candidate") from None
     if len(values) != len(candidates):
         raise InputError(
-            f"evaluate_many returned {len(values)} values for the {len(candidates)} candidates from {candidates[0]} on: "
-            "return a number for each of the copies of the batch that it is told of"
+            f"evaluate_many returned {len(values)} values for the {len(candidates)} candidates from {candidates[0]} to "
+            f"{candidates[-1]}: return a number for each of the copies of the batch that it is told of"
         )
     for value, candidate in zip(values, candidates, strict=True):
         if type(value) is bool or not isinstance(value, Real) or not math.isfinite(value):

@@ -76,7 +76,10 @@ def fit(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         training = _Training(model.to(device), data, config, device, path, callbacks)
-        return training.run(resume)
+        try:
+            return training.run(resume)
+        finally:
+            training.phases.release_()
 
 
 class _Training:
@@ -181,7 +184,7 @@ class _Training:
             **config,
             "data": self.data.content_hash,
             "model": type(self.model).__name__,
-            "tables": repr(self.model.tables.config),
+            "tables": repr(self.model.tables.built_config),
         }
 
     def _save(self) -> None:

@@ -1,4 +1,4 @@
-"""A plain click model, and a loop of plain PyTorch that takes it through the phases of any strategy, ``optembed``'s too.
+"""A plain click model, and a loop of plain PyTorch that takes it through the phases of ``optembed``, or any strategy.
 
 model = ClickModel({"user": 6040, "movie": 3706, "hour": 24})
 embcomp.compress_(model, "optembed", budget="25%")

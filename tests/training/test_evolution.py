@@ -43,12 +43,11 @@ def distance(one, other):
 # ---- what it asks for ----------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
-@given(spaces, seeds, st.integers(1, 12), st.integers(0, 12), st.integers(1, 15))
-def test_candidates_are_in_range_and_none_is_asked_for_twice(space, seed, mutations, crossovers, parents):
-    search = evolution(
-        space, num_mutations=mutations, num_crossovers=crossovers, num_parents=parents, generations=9, seed=seed
-    )
+@settings(deadline=None, max_examples=25)
+@given(spaces, seeds, st.integers(1, 12), st.integers(0, 12), st.integers(1, 15), st.sampled_from([0.0, 1.0]))
+def test_candidates_are_in_range_and_none_is_asked_for_twice(space, seed, mutations, crossovers, parents, power):
+    sizes = {"num_mutations": mutations, "num_crossovers": crossovers, "num_parents": parents}
+    search = evolution(space, generations=9, power=power, seed=seed, **sizes)
     rounds = rounds_of(search)
     asked = list(itertools.chain(*rounds))
     assert len(set(asked)) == len(asked)
@@ -57,6 +56,17 @@ def test_candidates_are_in_range_and_none_is_asked_for_twice(space, seed, mutati
     assert all(1 <= len(candidates) <= mutations + crossovers for candidates in rounds)
     assert len(rounds) <= 9
     assert set(search.known) == set(asked)
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_random_values_are_drawn_in_proportion_to_a_power(power):
+    search = evolution([(1, 8), (3, 6)], power=power)
+    drawn = [search._draw() for _ in range(4000)]
+    for place, values in enumerate((range(1, 9), range(3, 7))):
+        shares = [value**-power for value in values]
+        expected = [4000 * share / sum(shares) for share in shares]
+        found = [sum(candidate[place] == value for candidate in drawn) for value in values]
+        assert sum((f - e) ** 2 / e for f, e in zip(found, expected, strict=True)) < 24.3
 
 
 @settings(deadline=None, max_examples=20)
@@ -71,9 +81,9 @@ def test_mutation_reaches_every_value_of_every_gene_the_smallest_too(seed, numbe
         assert {candidate[gene] for candidate in asked} == {1, 2, 3, 4}
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(seeds, st.integers(2, 7))
-def test_a_crossover_mixes_two_parents_with_the_cut_between_two_fields_not_two_of_the_64_dimensions(seed, fields):
+def test_bug_cut_point_over_dimensions_a_crossover_mixes_two_parents_cut_between_two_fields(seed, fields):
     search = widths(fields, 64, seed=seed)
     parents = [tuple(range(1, fields + 1)), tuple(range(33, 33 + fields))]
     children = {search._cross(parents) for _ in range(40 * fields)}
@@ -96,18 +106,11 @@ def test_crossovers_are_as_many_as_wanted_and_mix_the_best():
 def test_parents_are_the_best_of_all_rounds(seed, best):
     rare = 1e-12  # so that a mutation changes one gene
     search = widths(9, 64, num_mutations=40, num_crossovers=0, num_parents=best, mutation_probability=rare, seed=seed)
-    parents_seen = set()
     while candidates := search.ask():
-        parents = search.best(best) if search.known else []
-        assert sorted((search.known[p] for p in parents), reverse=True) == sorted(search.known.values())[: -best - 1 : -1]
-        if parents:
-            ancestors = [{p for p in parents if distance(p, child) == 1} for child in candidates]
-            assert all(ancestors)
-        if search.generation == 1:  # random candidates are far from each other: who is whose parent is clear
-            parents_seen = set().union(*ancestors)
-            assert len(parents_seen) > best / 2
+        parents = search.best(best)
+        assert [search.known[p] for p in parents] == sorted(search.known.values(), reverse=True)[: len(parents)]
+        assert not parents or all(any(distance(p, child) == 1 for p in parents) for child in candidates)
         search.tell([value_of(candidate) for candidate in candidates])
-    assert parents_seen <= set(search.known)
 
 
 @pytest.mark.parametrize("number", [1, 3, 15])
@@ -121,7 +124,7 @@ def test_every_one_of_the_best_becomes_a_parent(number):
 # ---- what it remembers ---------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(spaces, seeds)
 def test_bug_aliased_mutation_the_recorded_best_is_not_changed_by_later_rounds(space, seed):
     search, told = evolution(space, seed=seed, mutation_probability=0.5), {}
@@ -135,7 +138,7 @@ def test_bug_aliased_mutation_the_recorded_best_is_not_changed_by_later_rounds(s
         assert best == next(candidate for candidate, value in told.items() if value == max(told.values()))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(spaces, seeds)
 def test_asking_again_gives_the_same_candidates_until_they_are_told(space, seed):
     search = evolution(space, seed=seed)
@@ -151,16 +154,15 @@ def test_asking_again_gives_the_same_candidates_until_they_are_told(space, seed)
         assert set(search.ask()).isdisjoint(asked)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(spaces, seeds, st.integers(0, 6), st.booleans())
 def test_a_state_by_way_of_json_continues_the_same(space, seed, rounds, asked):
-    search, settings = evolution(space, seed=seed), {"patience": 3}
-    search.patience = 3
+    search, other = (evolution(space, seed=number, patience=3) for number in (seed, seed + 1))
     for _ in range(rounds):
-        search.tell([value_of(candidate) for candidate in search.ask()]) if search.ask() else None
+        if candidates := search.ask():
+            search.tell([value_of(candidate) for candidate in candidates])
     if asked:
         search.ask()
-    other = evolution(space, seed=seed + 1, **settings)
     other.load(json.loads(json.dumps(search.state())))
     assert rounds_of(other) == rounds_of(search)
     assert other.state() == search.state()
@@ -212,7 +214,7 @@ def test_patience_counts_rounds_without_a_better_candidate(patience):
     assert rounds == {1: 2, 2: 5, 4: 7}[patience]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 1)), min_size=1, max_size=3), seeds)
 def test_a_tiny_space_is_searched_whole_and_then_the_search_ends(pairs, seed):
     space = [(low, low + more) for low, more in pairs]
@@ -243,7 +245,7 @@ def test_progress_counts_rounds():
 # ---- what is allowed -----------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(seeds, st.integers(2, 5))
 def test_repaired_candidates_are_what_is_asked_for(seed, number):
     def repair(candidate, random):
@@ -254,7 +256,7 @@ def test_repaired_candidates_are_what_is_asked_for(seed, number):
     assert len(set(asked)) == len(asked)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(seeds, st.integers(2, 5))
 def test_refused_candidates_are_drawn_anew(seed, number):
     search = widths(number, 8, seed=seed, repair=lambda c, _: c if sum(c) % 2 else None, seeds=[(2,) * number])

@@ -5,7 +5,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import embcomp
 from embcomp.errors import ConfigError
@@ -44,9 +43,7 @@ def step(phases, batch, optimizer=None):
 
 def architecture_step(phases, batch):
     inputs, labels = batch
-    phases.architecture_step_(
-        partial(phases.model, inputs), partial(F.binary_cross_entropy_with_logits, target=labels)
-    )
+    phases.architecture_step_(partial(phases.model, inputs), partial(F.binary_cross_entropy_with_logits, target=labels))
 
 
 def supernet(model):
@@ -87,7 +84,7 @@ def test_a_plain_loop_trains_optembed_to_a_quarter_of_the_bytes(options, tmp_pat
 
 
 def test_the_loop_trains_strategies_with_a_single_phase_too():
-    model, handle = compressed(strategy="hash", budget="50%")
+    model, _ = compressed(strategy="hash", budget="50%")
     untrained = log_loss(model)
     phases = train(model, TRAIN, VALIDATION)
     assert [phase.name for phase in phases] == ["train"]

@@ -1,0 +1,299 @@
+"""Several phases through `fit`: ``optembed`` killed in any of them and resumed, and what its result says."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from embcomp import OptEmbedConfig
+from embcomp.errors import InputError
+from recsys_models.metrics import evaluate
+from recsys_models.training import Callback, TrainingConfig, fit
+from recsys_models.training.validation import ValidationSearch
+from tests.recsys_models.tiny import SIZES, tiny_log, tiny_model
+
+CONFIG = TrainingConfig(
+    batch_size=64, epochs=2, eval_steps=7, learning_rate=0.02, patience=None, device="cpu", search_rows=100
+)
+SEARCH = {"generations": 3, "mutations": 4, "crossovers": 4, "parents": 5}
+DATA = tiny_log(num_dense=1)
+
+
+class Killed(Exception):
+    pass
+
+
+class Killer(Callback):
+    """Raises at a step of a phase."""
+
+    def __init__(self, name, step):
+        self.name, self.step, self.phase = name, step, None
+
+    def on_phase_start(self, model, phase):
+        self.phase = phase.name
+
+    def on_step_end(self, model, step):
+        if (self.phase, step) == (self.name, self.step):
+            raise Killed
+
+
+def config(**changes):
+    return dataclasses.replace(CONFIG, **changes)
+
+
+def model_of(budget="40%", data=DATA, **options):
+    torch.manual_seed(7)
+    strategy = OptEmbedConfig(**{**SEARCH, **options})
+    return tiny_model(data, "deepfm", strategy, budget, dim=6, init_std=0.1, dropout=0.2, batch_norm=True)
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, msg=name)
+
+
+def timeless(result):
+    """A result without what clocks said."""
+    phases = tuple(dataclasses.replace(phase, seconds=0.0) for phase in result.phases)
+    return dataclasses.replace(result, train_seconds=0.0, samples_per_second=0.0, phases=phases)
+
+
+def killing(monkeypatch, where, kill_at):
+    """Let evaluations of the search raise; or give the callback that does so in a phase of training."""
+    if where not in ("evaluate", "evaluate_many", "recalibrate"):
+        return [Killer(where, kill_at)]
+    calls, evaluation = [], getattr(ValidationSearch, where)
+
+    def dying(self, *args):
+        calls.append(1)
+        if len(calls) == kill_at:
+            raise Killed
+        return evaluation(self, *args)
+
+    monkeypatch.setattr(ValidationSearch, where, dying)
+    return []
+
+
+# ---- killed and resumed --------------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "plain": {},
+    "bilevel": {"bilevel": True, "decay": 0.01, "score": "taylor", "pruned": "zero", "threshold_lr": 0.5},
+    "rows alone": {"search_dims": False, "rows": "int8", "threshold_per_id": True, "projection": "none"},
+    "widths alone": {"prune_rows": False, "retrain_from": "supernet"},
+}
+KILLS = {
+    "plain": [("supernet", 3), ("supernet", 15), ("evaluate_many", 1), ("evaluate_many", 3), ("retrain", 2)],
+    "bilevel": [("supernet", 5), ("supernet", 19), ("retrain", 9)],
+    "rows alone": [("supernet", 20), ("retrain", 1), ("retrain", 20)],
+    "widths alone": [("supernet", 8), ("evaluate", 2), ("recalibrate", 1), ("retrain", 8)],
+}
+uninterrupted = {}
+
+
+def whole(variant):
+    if variant not in uninterrupted:
+        model = model_of(**VARIANTS[variant])
+        uninterrupted[variant] = timeless(fit(model, DATA, CONFIG)), state(model), model.tables.config
+    return uninterrupted[variant]
+
+
+@pytest.mark.parametrize(
+    ("variant", "where", "kill_at"), [(variant, *kill) for variant, kills in KILLS.items() for kill in kills]
+)
+def test_killed_in_any_phase_and_resumed_gives_the_same_bit_for_bit(variant, where, kill_at, tmp_path, monkeypatch):
+    result, weights, chosen = whole(variant)
+    model = model_of(**VARIANTS[variant])
+    with pytest.raises(Killed), monkeypatch.context() as patch:
+        fit(model, DATA, CONFIG, checkpoint_dir=tmp_path, callbacks=killing(patch, where, kill_at))
+    assert all(p.requires_grad for name, p in model.named_parameters() if "thresholds" not in name)
+    again = model_of(**VARIANTS[variant])
+    torch.manual_seed(99)
+    resumed = fit(again, DATA, CONFIG, checkpoint_dir=tmp_path, resume=True)
+    assert_same(state(again), weights)
+    assert timeless(resumed) == result
+    assert again.tables.config == chosen
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+
+
+@pytest.mark.parametrize(("where", "kill_at"), [("supernet", 15), ("evaluate_many", 3), ("retrain", 9)])
+def test_the_model_that_was_interrupted_can_be_trained_on(where, kill_at, tmp_path, monkeypatch):
+    result, weights, _ = whole("plain")
+    model = model_of()
+    with pytest.raises(Killed), monkeypatch.context() as patch:
+        fit(model, DATA, CONFIG, checkpoint_dir=tmp_path, callbacks=killing(patch, where, kill_at))
+    assert timeless(fit(model, DATA, CONFIG, checkpoint_dir=tmp_path, resume=True)) == result
+    assert_same(state(model), weights)
+
+
+def test_killed_again_and_again_gives_the_same_bit_for_bit(tmp_path, monkeypatch):
+    result, weights, _ = whole("bilevel")
+    for where, kill_at in (("supernet", 8), ("supernet", 16), ("evaluate_many", 2), ("evaluate", 3), ("retrain", 8)):
+        model = model_of(**VARIANTS["bilevel"])
+        with pytest.raises(Killed), monkeypatch.context() as patch:
+            fit(
+                model,
+                DATA,
+                CONFIG,
+                checkpoint_dir=tmp_path,
+                resume=True,
+                callbacks=killing(patch, where, kill_at),
+            )
+    model = model_of(**VARIANTS["bilevel"])
+    assert timeless(fit(model, DATA, CONFIG, checkpoint_dir=tmp_path, resume=True)) == result
+    assert_same(state(model), weights)
+    again = model_of(**VARIANTS["bilevel"])
+    assert timeless(fit(again, DATA, CONFIG, checkpoint_dir=tmp_path, resume=True)) == result
+    assert_same(state(again), weights)
+
+
+def test_starting_anew_forgets_an_interrupted_search(tmp_path, monkeypatch):
+    result, weights, _ = whole("plain")
+    with pytest.raises(Killed), monkeypatch.context() as patch:
+        fit(
+            model_of(),
+            DATA,
+            config(seed=5),
+            checkpoint_dir=tmp_path,
+            callbacks=killing(patch, "evaluate_many", 3),
+        )
+    assert (tmp_path / "search.json").is_file()
+    model = model_of()
+    assert timeless(fit(model, DATA, CONFIG, checkpoint_dir=tmp_path)) == result
+    assert_same(state(model), weights)
+
+
+# ---- what comes out ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", ["20%", "50%"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_finalized_model_fits_the_budget_and_predicts_the_same(variant, budget):
+    model = model_of(budget, **VARIANTS[variant])
+    result = fit(model, DATA, config(epochs=4))
+    allowed = model.tables.memory().full_bytes * int(budget[:-1]) // 100
+    assert model.tables.memory().serve_bytes <= allowed
+    before = evaluate(model, DATA.validation)
+    assert before.auc == pytest.approx(result.validation.auc, abs=1e-6)
+    model.tables.finalize_()
+    assert sum(tensor.nbytes for tensor in model.tables.state_dict().values()) <= allowed
+    assert evaluate(model, DATA.validation).log_loss == pytest.approx(before.log_loss, abs=1e-5)
+    assert before.auc > 0.6
+
+
+def test_the_result_tells_the_phases_apart():
+    result, _, chosen = whole("plain")
+    assert [phase.name for phase in result.phases] == ["supernet", "search", "retrain"]
+    assert [(e.phase, e.step) for e in result.history] == [
+        (name, step) for name in ("supernet", "retrain") for step in (7, 14, 20)
+    ]
+    supernet, search, retrain = result.phases
+    assert search.candidate == tuple(chosen.dims.values())
+    assert search.num_evaluated > 8
+    assert (search.stopped, search.steps, search.best, search.history) == ("search", 0, None, ())
+    assert result.best == retrain.best == max(retrain.history, key=lambda e: e.auc)
+    assert result.steps == supernet.steps + retrain.steps == 40
+    assert result.epochs == 4
+
+
+def test_the_supernet_has_limits_of_its_own():
+    model = model_of(supernet_epochs=1, supernet_patience=1, search_dims=False)
+    result = fit(model, DATA, config(epochs=3, eval_steps=None))
+    assert [(phase.name, phase.epochs) for phase in result.phases] == [("supernet", 1), ("retrain", 3)]
+
+
+@pytest.mark.parametrize("changes", [{"monitor": "log_loss"}, {"search_rows": None}, {"search_at_once": 3}], ids=str)
+def test_searches_compare_by_the_monitored_metric_on_as_many_rows_as_said(changes, monkeypatch):
+    settings, rows, finalists = config(**changes), [], []
+    value, full = ValidationSearch._value, ValidationSearch.evaluate
+
+    def counting(self, logits):
+        rows.append(len(logits))
+        return value(self, logits)
+
+    def noting(self):
+        finalists.append((full(self), evaluate(self.model, DATA.validation)))
+        return finalists[-1][0]
+
+    monkeypatch.setattr(ValidationSearch, "_value", counting)
+    monkeypatch.setattr(ValidationSearch, "evaluate", noting)
+    result = fit(model_of(), DATA, settings)
+    assert set(rows) == {200 if settings.search_rows is None else 100}
+    assert len(rows) == result.phases[1].num_evaluated
+    assert len(finalists) == 5
+    by_loss = settings.monitor == "log_loss"
+    assert all(found == (-metrics.log_loss if by_loss else metrics.auc) for found, metrics in finalists)
+
+
+def test_candidates_at_once_have_the_values_that_they_have_alone():
+    model = model_of(prune_rows=False, budget=None)
+    fit(model, DATA, config(epochs=1))
+    search = ValidationSearch(model, DATA, config(search_rows=None), torch.device("cpu"))
+    shown = [(7, 7, 7), (1, 1, 1), (2, 7, 3)]
+    model.tables.show_(shown)
+    together = search.evaluate_many(3)
+    for candidate, value in zip(shown, together, strict=True):
+        model.tables.show_([candidate])
+        assert value == pytest.approx(search.evaluate(), abs=1e-4)
+
+
+# ---- the splits ----------------------------------------------------------------------------------------------------
+
+
+class Untouchable:
+    def __getattribute__(self, name):
+        raise AssertionError(f"the test split was touched: {name}")
+
+    def __len__(self):
+        raise AssertionError("the test split was touched: len")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bug_selection_on_the_test_split_no_phase_touches_it(variant):
+    data = dataclasses.replace(DATA, test=Untouchable())
+    model = model_of(**VARIANTS[variant])
+    assert timeless(fit(model, data, CONFIG)) == whole(variant)[0]
+
+
+def test_bug_stale_batch_norm_statistics_finalists_are_recalibrated_on_training_rows(monkeypatch):
+    seen, recalibrate = [], ValidationSearch.recalibrate
+
+    def noting(self):
+        norm = self.model.mlp[1]
+        assert norm.training
+        assert not self.model.training
+        recalibrate(self)
+        seen.append((norm.num_batches_tracked.item(), norm.running_mean.clone()))
+
+    monkeypatch.setattr(ValidationSearch, "recalibrate", noting)
+    model = model_of()
+    fit(model, DATA, CONFIG)
+    assert [batches for batches, _ in seen] == [10] * 5  # all of the epoch, being fewer than twenty
+    assert len({tuple(mean.tolist()) for _, mean in seen}) == 5
+    assert_same(state(model), whole("plain")[1])
+
+
+def test_a_validation_split_is_needed_and_one_of_a_single_class_needs_another_metric():
+    with pytest.raises(InputError, match="the validation split of tiny has no rows"):
+        fit(model_of(), tiny_log((600, 0, 200), num_dense=1), CONFIG)
+    validation = dataclasses.replace(DATA.validation, labels=np.ones_like(DATA.validation.labels))
+    data = dataclasses.replace(DATA, validation=validation)
+    with pytest.raises(InputError, match="set monitor='log_loss'"):
+        fit(model_of(), data, CONFIG)
+    result = fit(model_of(), data, config(monitor="log_loss"))
+    assert len(result.phases[1].candidate) == len(SIZES)
+
+
+def test_the_sample_of_the_validation_split_has_both_labels():
+    labels = np.zeros_like(DATA.validation.labels)
+    labels[17] = 1
+    data = dataclasses.replace(DATA, validation=dataclasses.replace(DATA.validation, labels=labels))
+    for seed in range(5):
+        search = ValidationSearch(model_of(), data, config(search_rows=2, seed=seed), torch.device("cpu"))
+        assert sorted(search._labels.tolist()) == [0, 1]

@@ -1,0 +1,195 @@
+"""The mathematics of ``nested``: what passes show, what the cut chooses, and where a budget stops it."""
+
+import pytest
+import torch
+
+from embcomp import BudgetError, ConfigError, NestedConfig, TableSpec, build_tables, load_tables, plan, save_pretrained
+from embcomp.strategies.nested import layout_bytes, parse_layout
+from embcomp.training import Phases
+
+SPECS = [TableSpec("user", 300, 8, init_std=1.0), TableSpec("item", 40, 8, init_std=1.0), TableSpec("flag", 3, 8)]
+COUNTS = {spec.name: torch.arange(spec.num_embeddings, 0, -1) for spec in SPECS}
+
+
+def build(budget=None, counts=COUNTS, specs=SPECS, **options):
+    return plan(specs, NestedConfig(**options), budget, counts).build()
+
+
+def ids(rows=64):
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack([torch.randint(spec.num_embeddings, (rows,), generator=generator) for spec in SPECS], 1)
+
+
+class Model(torch.nn.Module):
+    def __init__(self, tables):
+        super().__init__()
+        self.tables = tables
+        self.last = torch.nn.Linear(24, 1)
+
+    def forward(self, ids):
+        return self.last(self.tables(ids).flatten(1)).squeeze(1)
+
+
+def cut(tables, worth=(1.0, 1.0, 1.0)):
+    """Go through the phases, with an evaluation that likes the tables' first values best."""
+    model = Model(tables)
+    phases = Phases(model)
+    weights = torch.tensor(worth)
+
+    def evaluate():
+        shown = tables.rows.weight.new_tensor(0.0)
+        with torch.no_grad():
+            vectors = tables(ids())
+            shown = (vectors.square().sum(-1) * weights).sum()
+        return float(shown)
+
+    for phase in phases:
+        phases.enter_(phase)
+        if phase.is_search:
+            phases.search_(evaluate)
+        phases.leave_(phase)
+    return tables
+
+
+# ---- passes ----------------------------------------------------------------------------------------------------------
+
+
+def in_training(**options):
+    tables = build(projection="none", **options)
+    tables.enter_phase_(tables.phases()[0])
+    return tables.train()
+
+
+def test_passes_are_those_of_the_sandwich_rule():
+    tables = build()
+    assert tables.phases()[0].passes == ("full", "random", "narrow")
+    assert [phase.name for phase in tables.phases()] == ["train", "cut"]
+    assert [phase.rewind for phase in build(retrain="initial").phases()] == [False, False, True]
+
+
+def test_the_full_pass_shows_whole_rows_and_the_narrow_one_the_first_value():
+    tables = in_training()
+    rows = tables.rows(ids() + tables._starts, None)
+    tables.set_pass_("full")
+    assert torch.equal(tables(ids()), rows)
+    tables.set_pass_("narrow")
+    narrow = tables(ids())
+    assert torch.equal(narrow[..., 0], rows[..., 0])
+    assert not narrow[..., 1:].any()
+
+
+def test_random_passes_draw_one_width_per_table_and_batch_from_the_ladder():
+    tables, seen = in_training(ladder="2,4,8"), [set(), set(), set()]
+    torch.manual_seed(0)
+    for _ in range(60):
+        tables.set_pass_("random")
+        widths = (tables(ids()) != 0).sum(-1)
+        for table in range(3):
+            assert len(widths[:, table].unique()) == 1
+            seen[table].add(int(widths[0, table]))
+    assert seen == [{0, 2, 4, 8}] * 3
+
+
+def test_evaluation_in_training_shows_whole_rows():
+    tables = in_training(budget="30%").eval()
+    assert (tables(ids()) != 0).all()
+
+
+def test_narrow_rows_are_brought_to_all_dimensions_by_the_first_rows_of_the_matrix():
+    tables = build()
+    tables.enter_phase_(tables.phases()[0])
+    tables.train().set_pass_("narrow")
+    first = tables.rows(ids() + tables._starts, None)[..., :1]
+    wanted = first * tables.projection.weight[:, 0]
+    torch.testing.assert_close(tables(ids()), wanted)
+
+
+# ---- the cut ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", ["50%", "20%", "6%", "3%"])
+@pytest.mark.parametrize("rows", ["float32", "int8:column"])
+def test_the_budget_is_used_to_within_a_row_where_ids_are_ordered(budget, rows):
+    tables = cut(build(budget, rows=rows))
+    limit = tables.config.limit_bytes
+    final = tables.finalize()
+    size = sum(tensor.nbytes for tensor in final.state_dict().values())
+    assert size == tables.memory().serve_bytes == final.memory().serve_bytes
+    matrix = 4 * 8 * 8  # a split may keep a matrix wider than the rest of the table needs
+    assert min(limit, build(rows=rows).memory().serve_bytes) - matrix <= size <= limit
+    torch.testing.assert_close(final(ids()), tables.eval()(ids()))
+
+
+def test_tables_of_unordered_ids_are_cut_as_a_whole():
+    generator = torch.Generator().manual_seed(1)
+    counts = {name: count[torch.randperm(len(count), generator=generator)] for name, count in COUNTS.items()}
+    tables = cut(build("30%", counts=counts))
+    assert all(len(text.split()) == 1 for text in tables.config.layout.values())
+    assert tables.memory().serve_bytes <= tables.config.limit_bytes
+
+
+def test_what_matters_most_keeps_its_width():
+    tables = cut(build("25%", projection="none"), worth=(1000.0, 0.001, 0.001))
+    widths = {name: parse_layout(name, text)[0].width for name, text in tables.config.layout.items()}
+    assert widths["item"] == widths["flag"] == 0
+    assert widths["user"] > 0
+
+
+def test_frequency_tiers_have_widths_of_their_own():
+    zipf = {spec.name: (10**4 / (1 + torch.arange(spec.num_embeddings))).long() + 1 for spec in SPECS}
+    tables = cut(build("25%", counts=zipf, tiers=3))
+    assert len(tables.config.layout["user"].split()) >= 2
+    assert 0 < tables.memory().serve_bytes <= tables.config.limit_bytes
+
+
+def test_one_training_has_a_front_of_all_sizes():
+    tables = cut(build())
+    front = tables.pareto()
+    assert [point.bytes for point in front] == sorted((point.bytes for point in front), reverse=True)
+    assert front[0].bytes == sum(spec.full_bytes for spec in SPECS)
+    for budget in ("40%", "10%", "70%"):
+        tables.cut_(budget)
+        assert 0.8 * tables._cutting.limit < tables.memory().serve_bytes <= tables._cutting.limit
+    with pytest.raises(BudgetError, match="smallest form takes"):
+        cut(build(unseen="oov_row")).cut_("1B")
+
+
+def test_a_front_needs_a_cut():
+    with pytest.raises(ConfigError, match="before the cut"):
+        build().pareto()
+    with pytest.raises(ConfigError, match="'full' has no front"):
+        build_tables(SPECS, "full").cut_("10%")
+
+
+def test_the_form_is_saved_and_found_again(tmp_path):
+    tables = cut(build("15%"))
+    fresh = build("15%")
+    fresh.load_state_dict(tables.state_dict())
+    assert fresh.config.layout == tables.config.layout
+    assert torch.equal(fresh.eval()(ids()), tables.eval()(ids()))
+    (loaded,) = load_tables(save_pretrained(tables.finalize(), tmp_path))
+    assert torch.equal(loaded(ids()), tables.finalize()(ids()))
+
+
+def test_layout_bytes_are_those_of_the_values():
+    config = NestedConfig(projection="none")
+    layout = [parse_layout("user", "100<8 300<2"), parse_layout("item", "40<8"), parse_layout("flag", "3<8")]
+    assert layout_bytes(layout, SPECS, config) == 4 * (100 * 8 + 200 * 2 + 40 * 8 + 3 * 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ladder": "4,2"}, "must rise"),
+        ({"ladder": "2,16"}, "at most D = 8"),
+        ({"ladder": "a"}, "write rising widths"),
+        ({"layout": {"user": "300<8"}}, "item, flag"),
+        ({"layout": {"user": "10<8", "item": "40<8", "flag": "3<8"}}, "must end at 300"),
+        ({"layout": {"user": "300x8"}}, "stop<width"),
+        ({"rows": "int8:group4"}, "groups of rows"),
+        ({"retrain": "never"}, "initial"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        build(**options)

@@ -1,0 +1,157 @@
+"""Searches that are killed and go on from a file, or from what they remember, and files that are not theirs."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from embcomp.errors import IncompatibleStateError
+from embcomp.training import Evolution, Phases
+from tests.examples.optembed_loop import ClickModel
+from tests.training.clicks import WideModel, batches, compressed
+from tests.training.searched import Sometimes, entered, whole_search
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def test_killed_in_the_third_generation_and_started_again_ends_the_same(tmp_path):
+    expected, calls = whole_search()
+    file, killed = tmp_path / "search.json", entered()
+    with pytest.raises(KeyboardInterrupt):
+        killed.search_(Sometimes(killed.model, 2 * 9 + 4, KeyboardInterrupt()), checkpoint=file)
+    assert json.loads(file.read_text())["generation"] == 2
+    assert list(tmp_path.iterdir()) == [file]
+    again = entered()
+    evaluate = Sometimes(again.model, 0, None)
+    assert again.search_(evaluate, checkpoint=file) == expected
+    assert evaluate.calls == calls - 2 * 9
+    assert list(tmp_path.iterdir()) == []
+
+
+def foreign_states():
+    other = Evolution([1] * 3, [30] * 3)
+    other.tell([0.5] * len(other.ask()))
+    return {
+        "another search": json.dumps(other.state()),
+        "other values": json.dumps(Evolution([1] * 4, [8] * 4).state()),
+        "another kind of search": json.dumps({"known": [], "path": [], "slopes": []}),
+        "half a file": json.dumps(other.state())[:100],
+        "an empty file": "",
+        "a list": "[1, 2]",
+        "a number": "3",
+        "bytes": "\udc80\udc81",
+    }
+
+
+@pytest.mark.parametrize("what", foreign_states())
+def test_a_file_that_is_no_state_of_this_search_is_refused(what, tmp_path):
+    file, phases = tmp_path / "search.json", entered()
+    file.write_text(foreign_states()[what], errors="surrogateescape")
+    with pytest.raises(IncompatibleStateError, match=r"search\.json holds no state of this search.*: delete it"):
+        phases.search_(phases.model.value, checkpoint=file)
+    file.unlink()
+    assert phases.search_(phases.model.value, checkpoint=file) == whole_search()[0]
+
+
+# ---- real models ---------------------------------------------------------------------------------------------------
+
+
+def after_a_supernet(kind, **options):
+    """A model whose thresholds prune something, in its search phase, as a process that starts anew builds it."""
+    model, handle = compressed(kind, **options)
+    phases = Phases(model)
+    phases.enter_(phases.phases[0])
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for tables in handle.tables:
+            norms = tables.rows.weight.abs().sum(1)
+            tables.thresholds.fill_(norms.median().item())
+    phases.leave_(phases.phases[0])
+    phases.enter_(phases.phases[1])
+    return phases
+
+
+def log_loss_of(model, kill_at=0):
+    data, calls = batches(2, seed=5), []
+
+    def evaluate(number=1):
+        calls.append(number)
+        if len(calls) == kill_at:
+            raise KeyboardInterrupt
+        model.eval()
+        found = torch.zeros(number)
+        with torch.no_grad():
+            for inputs, labels in data:
+                logits = model({name: ids.repeat(number) for name, ids in inputs.items()}).view(number, -1)
+                found -= nn.functional.binary_cross_entropy_with_logits(
+                    logits, labels.expand_as(logits), reduction="none"
+                ).mean(1)
+        return found.tolist()
+
+    return evaluate, calls
+
+
+def run_search(phases, kill_at=0, checkpoint=None):
+    evaluate, calls = log_loss_of(phases.model, kill_at)
+    train = batches(2, seed=6)
+    result = phases.search_(
+        lambda: evaluate()[0], evaluate, lambda: [phases.model(inputs) for inputs, _ in train], checkpoint=checkpoint
+    )
+    return result, [tables.config for tables in phases.groups], len(calls)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize(("kind", "number"), [(ClickModel, 1), (WideModel, 2)])
+def test_a_search_killed_anywhere_ends_as_if_it_had_not_been(kind, number, fresh, tmp_path):
+    expected = run_search(after_a_supernet(kind))
+    assert any(sum(c.num_kept.values()) < 367 for c in expected[1])
+    for kill_at in range(1, expected[2] + 1, 2 * number - 1 if fresh else 4):
+        file, phases = tmp_path / "search.json", after_a_supernet(kind)
+        with pytest.raises(KeyboardInterrupt):
+            run_search(phases, kill_at, file)
+        phases = after_a_supernet(kind) if fresh else phases
+        assert run_search(phases, checkpoint=file)[:2] == expected[:2]
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_while_one_group_is_searched_the_others_show_what_they_have_learned():
+    phases = after_a_supernet(WideModel, projection="none")
+    wide, narrow = phases.groups
+    assert (wide.embedding_dim, narrow.embedding_dim) == (8, 1)
+    ids, seen = torch.arange(300), []
+    with torch.no_grad():
+        rows = narrow.rows.weight[ids]
+        shared = narrow.rows.weight[300]
+        learned = torch.where(rows.abs() > narrow.thresholds[0], rows, shared)
+
+    def evaluate():
+        seen.append(narrow.eval()(ids, 0).detach())
+        return 0.5
+
+    phases.search_(evaluate)
+    torch.testing.assert_close(seen[0], learned)
+
+
+def test_groups_whose_search_is_over_are_not_evaluated_again(monkeypatch):
+    phases = after_a_supernet(WideModel)
+    wide, narrow = phases.groups
+    alone = len(run_search_of(phases, narrow))
+    phases = after_a_supernet(WideModel)
+    wide, narrow = phases.groups
+    monkeypatch.setattr(narrow, "show_", lambda candidates: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_search(phases)
+    found = wide.config
+    monkeypatch.undo()
+    monkeypatch.setattr(wide, "show_", lambda candidates: pytest.fail("it was searched already"))
+    assert run_search(phases)[2] == alone
+    assert wide.config == found
+
+
+def run_search_of(phases, tables):
+    """The candidates of one of the groups that a search showed."""
+    shown, show = [], tables.show_
+    tables.show_ = lambda candidates: shown.append(candidates) or show(candidates)
+    run_search(phases)
+    return shown
