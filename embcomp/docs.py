@@ -209,7 +209,13 @@ def _takes(name: str, kind: str) -> bool:
 def _split_fields(config_class: type[StrategyConfig]) -> tuple[dict[str, str], dict[str, str]]:
     """Texts of a config's own options, and of those that all configs have."""
     common = attributes(StrategyConfig)
-    own = attributes(config_class)
+    between = [parent for parent in config_class.__mro__ if issubclass(parent, StrategyConfig)]
+    own = {
+        name: text
+        for parent in reversed(between)
+        if parent is not StrategyConfig
+        for name, text in attributes(parent).items()
+    }
     names = [field.name for field in dataclasses.fields(config_class)]
     missing = [name for name in names if name not in common and name not in own]
     if missing:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -124,7 +124,8 @@ class RowBudget:
             "dims": dict(zip(names, widths, strict=True)),
             "remapped": dict(zip(names, remapped, strict=True)),
         }
-        config = SimpleNamespace(**{**vars(self.config), **form})  # unchecked: a search asks thousands of times
+        config = copy(self.config)
+        vars(config).update(form)  # past the checks of a new config: a search asks thousands of times
         rows, remap, matrices = self.form_bytes(self.specs, config)
         return sum(rows) + remap + sum(matrices)
 

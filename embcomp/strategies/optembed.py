@@ -28,7 +28,7 @@ TINY = 1e-30
 
 @dataclass(frozen=True)
 class OptEmbedConfig(PrunedConfig):
-    """OptEmbed. With ``pruned="zero"``, ``projection="none"`` and no budget it is the paper's method.
+    """OptEmbed. With ``pruned="zero"``, ``projection="none"``, ``sampling="uniform"`` and no budget it is the paper's.
 
     Attributes:
         prune_rows: learn which rows to keep; False is the paper's OptEmbed-D.
@@ -109,8 +109,9 @@ class OptEmbedConfig(PrunedConfig):
 
 @register_strategy("optembed", OptEmbedConfig)
 class OptEmbedTables(PrunedTables):
-    """OptEmbed: Learning Optimal Embedding Table for Click-through Rate Prediction (Lyu et al., arXiv 2208.04482).
+    """OptEmbed: learned thresholds say which rows stay, and a search says how wide each field is.
 
+    After "OptEmbed: Learning Optimal Embedding Table for Click-through Rate Prediction" (Lyu et al., arXiv 2208.04482).
     Three phases. *Supernet*: a row counts where its norm exceeds its table's learned threshold, with a long-tailed
     surrogate derivative for the step, and every sample sees every field at a random width. *Search*: evolution of the
     fields' widths on the supernet's weights, by validation quality. *Retrain*: rows and widths are fixed, the model
@@ -118,10 +119,9 @@ class OptEmbedTables(PrunedTables):
 
     Where it differs from the paper: under a budget, rows are kept by `score` per byte until the budget is used up to
     less than a row, so that every candidate of the search has its price and the result is as small as was asked;
-    without one it is as small as it happens to be. A learned
-    matrix per table, cut like the rows, lets narrow rows take part in all dimensions (``projection="none"`` for the
-    paper's zeros). The search keeps the best candidates of all
-    rounds, never evaluates one twice, and its finalists are compared with batch norms of their own.
+    without one it is as small as it happens to be. A learned matrix per table, cut like the rows, lets narrow rows take
+    part in all dimensions, and narrow widths are drawn as often as wide ones. The search keeps the best candidates of
+    all rounds, never evaluates one twice, and its finalists are compared with batch norms of their own.
     """
 
     config: OptEmbedConfig
