@@ -24,6 +24,7 @@ SCORES = ("auto", "norm", "norm_frequency", "frequency", "taylor")
 CONSTRAINTS = ("prune", "shrink", "reject")
 STARTS = ("initial", "supernet")
 TINY = 1e-30
+_LARGEST = 3
 
 
 @dataclass(frozen=True)
@@ -298,7 +299,7 @@ class OptEmbedTables(PrunedTables):
             config.parents,
             config.mutation_probability,
             repair=repair,
-            seeds=[(width,) * self.num_tables for width in _uniform_widths(dim)],
+            seeds=_seeds(self.sizes, dim),
             power=1.0 if config.sampling == "log_uniform" else 0.0,
             seed=config.seed,
         )
@@ -386,6 +387,20 @@ class Step(torch.autograd.Function):
         return gradient * slope
 
 
-def _uniform_widths(dim: int) -> list[int]:
-    """Widths at which "the same smaller dimension for every field" is among the first candidates."""
-    return sorted({dim, *(-(-dim // 2**power) for power in range(1, dim.bit_length()))}, reverse=True)
+def _seeds(sizes: Sequence[int], dim: int) -> list[Candidate]:
+    """First candidates: one width for all tables, and one of the largest tables at another width than the others.
+
+    Under a budget the widths of the largest tables pay for each other, so that a good pair of them is hard to reach by
+    changing one at a time.
+    """
+    widths = sorted({dim, *(-(-dim // 2**power) for power in range(1, dim.bit_length() + 1))}, reverse=True)
+    uniform = [(width,) * len(sizes) for width in widths]
+    largest = sorted(range(len(sizes)), key=lambda table: -sizes[table])[:_LARGEST]
+    changed = [
+        (*base[:table], width, *base[table + 1 :])
+        for base in uniform
+        for table in largest
+        for width in widths
+        if width != base[table]
+    ]
+    return list(dict.fromkeys([*uniform, *changed]))

@@ -34,7 +34,7 @@ class Evolution(Search):
         mutation_probability: of each gene.
         patience: rounds without a better candidate after which the search ends; None for never.
         repair: brings candidates within a budget; where no draw is allowed, the search begins with ``low``.
-        seeds: candidates of the first round beside the random ones, which they replace.
+        seeds: candidates of the first round; random ones fill it up to the size of the others.
         power: random values v are drawn in proportion to ``v ** -power``: 0 for uniform, 1 for log-uniform draws.
         seed: of all draws.
     """
@@ -110,7 +110,7 @@ class Evolution(Search):
     def _next_round(self) -> list[Candidate]:
         size, found = self.num_mutations + self.num_crossovers, list[Candidate]()
         if not self.known:
-            for seed in self.seeds[:size]:
+            for seed in self.seeds:
                 self._add(found, partial(tuple, seed), tries=1)
             while len(found) < size and self._add(found, self._draw):
                 pass
