@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import embcomp
+from embcomp.errors import ConfigError
 from embcomp.sites import GROUPS, LEAST_STD
+from embcomp.training import Phases
 
 
 class Model(nn.Module):
@@ -359,3 +361,28 @@ class TestLife:
         other(IDS).sum().backward()
         assert all(p.grad is None for p in model.parameters())
         assert any(p.grad is not None for p in getattr(other, GROUPS).parameters())
+
+
+def test_a_front_of_sizes_is_on_the_handle():
+    model = nn.Sequential(nn.Embedding(50, 8), nn.Flatten(), nn.Linear(8, 1))
+    handle = embcomp.compress_(model, "nested", verbose=False)
+    ids = torch.arange(50)[:, None]
+    with pytest.raises(ConfigError, match="before the cut"):
+        handle.pareto()
+    phases = Phases(model)
+    for phase in phases:
+        phases.enter_(phase)
+        if phase.is_search:
+            phases.search_(lambda: float(model(ids).detach().square().mean()))
+        phases.leave_(phase)
+    sizes = [point.bytes for point in handle.pareto()]
+    assert sizes == sorted(sizes, reverse=True)
+    assert handle.cut_("30%").memory().serve_bytes <= 0.3 * 50 * 8 * 4
+    assert handle.finalize_().memory().serve_bytes <= 0.3 * 50 * 8 * 4
+
+
+def test_a_front_belongs_to_one_group():
+    model = nn.ModuleList([nn.Embedding(50, 8), nn.Embedding(50, 4)])
+    handle = embcomp.compress_(model, "nested", verbose=False)
+    with pytest.raises(ConfigError, match="2 groups of tables: call pareto of each"):
+        handle.pareto()

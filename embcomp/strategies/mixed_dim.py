@@ -11,12 +11,8 @@ from embcomp.config import StrategyConfig, register_strategy
 from embcomp.errors import ConfigError
 from embcomp.mixed import MixedTables, Piece
 from embcomp.specs import Knowledge, TableSpec
-from embcomp.storage import stored_bytes
 from embcomp.strategies._allocation import check_table_names
 from embcomp.strategies.reduced_dim import projected_piece
-
-_SHARED_BYTES = 16
-"""Above what a table can save by sharing a last byte and a last group's scales with others that are kept alike."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,7 @@ class MixedDimTables(MixedTables):
         by_rule = power_rule(
             [spec.num_embeddings for spec in specs], specs[0].embedding_dim, alpha, config.power_of_two
         )
-        dims = {spec.name: _worthwhile(spec, dim, config) for spec, dim in zip(specs, by_rule, strict=True)}
+        dims = {spec.name: dim for spec, dim in zip(specs, by_rule, strict=True)}
         return replace(config, alpha=None, dims=dims)
 
     @classmethod
@@ -140,11 +136,3 @@ def _alphas(specs: Sequence[TableSpec], config: MixedDimConfig, known: Knowledge
         known.derived[memo] = sorted(steps | {math.inf}, reverse=True)
     alphas: list[float] = known.derived[memo]
     return alphas
-
-
-def _worthwhile(spec: TableSpec, dim: int, config: MixedDimConfig) -> int:
-    """``dim``, or D where that takes hardly more bytes: thus no rise takes bytes away, however tables are packed."""
-    rows = spec.num_embeddings + (config.unseen == "oov_row")
-    narrow = stored_bytes(rows, dim, config.rows) + 4 * dim * spec.embedding_dim
-    whole = min(stored_bytes(rows, spec.embedding_dim, config.rows), 4 * rows * spec.embedding_dim)
-    return dim if narrow + _SHARED_BYTES <= whole else spec.embedding_dim

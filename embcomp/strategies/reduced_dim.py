@@ -12,6 +12,8 @@ from embcomp.storage import stored_bytes
 from embcomp.strategies._projected import PROJECTIONS, ProjectedConfig, ProjectedTables
 from embcomp.strategies.full import FullConfig, FullTables
 
+_SHARED_BYTES = 16
+
 
 @dataclass(frozen=True)
 class ReducedDimConfig(StrategyConfig):
@@ -68,12 +70,17 @@ class ReducedDimTables(MixedTables):
 def projected_piece(
     index: int, spec: TableSpec, rows: int, config: StrategyConfig, dim: int, projection: str, row_format: str = ""
 ) -> Piece:
-    """A whole table at dimension ``dim``, or at D where that takes no more bytes."""
+    """A whole table at dimension ``dim``, or at D where that takes hardly more bytes.
+
+    A table that is kept can begin at another byte of the packed codes, or share a group's scale, which is worth a few
+    bytes; so narrowing has to save more than those, lest more dimensions take fewer bytes.
+    """
     row_format = row_format or config.rows
     if dim < spec.embedding_dim:
         matrix = 4 * dim * spec.embedding_dim if projection == "linear" else 0
         narrow = stored_bytes(rows, dim, row_format) + matrix
-        if narrow < stored_bytes(rows, spec.embedding_dim, row_format):
+        whole = min(stored_bytes(rows, spec.embedding_dim, row_format), 4 * rows * spec.embedding_dim)
+        if narrow + _SHARED_BYTES <= whole:
             kept = ProjectedConfig(row_format, "error", config.seed, config.sparse, dim, projection)
             return Piece(index, 0, rows, ProjectedTables, kept)
     return full_piece(index, spec, rows, config, row_format)

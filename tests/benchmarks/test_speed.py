@@ -6,17 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.speed import contest, deepfm, fbgemm, report
+from benchmarks.speed import contest, deepfm, fbgemm, optembed, report
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.contest import WARM_UP, Contestant, Row, Versus, rows_of, take_turns
 from benchmarks.speed.deepfm import BareDeepFM, made_log
 from benchmarks.speed.lookup_memory import peak_bytes
 from benchmarks.speed.lookups import STACKED, measure_lookups
 from benchmarks.speed.machine import Machine
+from benchmarks.speed.optembed import QUICK_AMOUNTS, Amounts, Training, measure_optembed
 from benchmarks.speed.setting import QUICK, Setting, zipf_ids
 from benchmarks.speed.training_steps import FBGEMM, FULL, HASH, TORCH, measure_steps
-from embcomp import build_tables
+from embcomp import build_tables, make_config
 from recsys_models.ctr import DeepFM
+from recsys_models.training import Callback, fit
 
 MACHINE = Machine("a cpu", 2, "2.13", "1.8", "3.11", 20.0)
 
@@ -30,7 +32,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     result = json.loads(path.read_text())
     assert result["machine"]["copy_gigabytes_per_second"] > 0
     assert result["setting"]["tables"] == QUICK.tables
-    assert {row["section"] for row in result["rows"]} == {"lookup", "training step", "memory", "deepfm"}
+    assert {row["section"] for row in result["rows"]} == {"lookup", "training step", "memory", "deepfm", "optembed"}
     for row in result["rows"]:
         assert row["name"] in printed
         assert row["median"] is None or 0 < row["minimum"] <= row["median"]
@@ -201,3 +203,45 @@ def test_the_bare_loop_learns_by_the_same_recipe():
     for _ in range(3):
         bare.step()
     assert not torch.equal(bare.model.embedding.weight, before)
+
+
+def test_what_is_wanted_of_optembed():
+    full, supernet, passes, search = measure_optembed(QUICK_AMOUNTS, made_log((300, 100)))
+    assert (supernet.peer, supernet.limit) == (full.name, 1.5)
+    assert (search.peer, search.limit) == (passes.name, 0.1)
+    assert passes.name.startswith("40 validation passes")
+    assert search.note.startswith("40 of 40 candidates")
+    assert search.ratio == search.median / passes.median
+    assert Amounts().candidates == 600
+
+
+def test_optembed_is_skipped_without_frappe(monkeypatch):
+    monkeypatch.delenv("EMBCOMP_DATA", raising=False)
+    rows = [*measure_optembed(Amounts(), deepfm.frappe())]
+    assert len(rows) == 4
+    assert all((row.median, row.met, row.note) == (None, None, optembed.SKIPPED) for row in rows)
+
+
+def test_the_searches_that_are_timed_are_the_same():
+    training = Training(made_log((300, 100)), QUICK_AMOUNTS.config, optembed.BUDGET)
+    training.step(0)
+    weights = training.model.mlp[0].weight.clone()
+    first = training.search()
+    assert training.search() == first
+    assert torch.equal(training.model.mlp[0].weight, weights)
+
+
+@pytest.mark.parametrize(("config", "budget"), [(make_config("full"), None), (QUICK_AMOUNTS.config, optembed.BUDGET)])
+def test_the_steps_that_are_timed_are_those_of_fit(config, budget):
+    class FirstStep(Callback):
+        def on_step_end(self, model, step):
+            raise InterruptedError
+
+    data = made_log((300, 100))
+    timed, fitted = Training(data, config, budget), Training(data, config, budget)
+    with pytest.raises(InterruptedError):
+        fit(fitted.model, data, optembed.RECIPE, callbacks=[FirstStep()])
+    torch.manual_seed(optembed.RECIPE.seed)
+    timed.step(0)
+    for (name, own), other in zip(timed.model.state_dict().items(), fitted.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(own, other, msg=name)

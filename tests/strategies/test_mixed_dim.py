@@ -129,8 +129,9 @@ def test_bytes_are_rows_and_projections_and_no_projection_at_the_full_dimension(
 
 def test_a_table_that_a_projection_would_enlarge_keeps_its_dimension():
     specs = [TableSpec("flag", 2, 8), TableSpec("month", 12, 8), TableSpec("item", 500, 8)]
-    assert plan(specs, MixedDimConfig(alpha=0.1)).config.dims["month"] == 8  # 7 by the rule: 7 · (12 + 8) > 12 · 8
-    assert plan(specs, MixedDimConfig(alpha=0.5)).config.dims["month"] == 3
+    wide, narrow = (plan(specs, MixedDimConfig(alpha=alpha)).report.by_table()["month"] for alpha in (0.1, 0.5))
+    assert wide == 4 * 12 * 8  # 7 dimensions by the rule: 7 · (12 + 8) > 12 · 8
+    assert narrow == 4 * 3 * (12 + 8)
 
 
 def test_a_given_alpha_is_checked_by_a_budget_and_not_changed():
