@@ -25,7 +25,7 @@ from benchmarks.measure import (
     state_bytes,
 )
 from benchmarks.results import FAILED, INFEASIBLE, SUCCESS, CellResult, Sizes, metric_values, write_result, write_whole
-from embcomp import Plan, StrategyConfig, config_to_dict, make_config, plan
+from embcomp import EmbeddingTables, Plan, StrategyConfig, config_to_dict, make_config, plan
 from embcomp.errors import BudgetError, ConfigError
 from recsys_models.ctr import CTRModel, build_model, get_model
 from recsys_models.data import ClickLog, load_dataset
@@ -143,6 +143,7 @@ def _measure(cell: Cell, notes: _Notes) -> None:
     trained = fit(model, data, training)
     notes.training = _about_training(trained)
     tables.finalize_()
+    notes.tables = {**config_to_dict(tables.config), "mean_widths_by_decile": _widths_by_decile(tables)}
     notes.metrics = _quality(model, data, trained)
     notes.sizes |= {
         "served_bytes": state_bytes(tables),
@@ -152,6 +153,17 @@ def _measure(cell: Cell, notes: _Notes) -> None:
     _check_budget(notes.sizes)
     ids = data.test.batches(len(data.test), device=next(iter(tables.state_dict().values())).device)
     notes.lookup = lookup_latency(tables, next(iter(ids)).ids)
+
+
+def _widths_by_decile(tables: EmbeddingTables) -> dict[str, list[float]]:
+    """Table -> mean number of values that ids of each tenth have, the most frequent first, where that was a choice."""
+    found = {}
+    for name in tables.names:
+        widths = tables.widths_of(name)
+        if widths is not None:
+            parts = widths.float().tensor_split(10)
+            found[name] = [round(float(part.mean()), 3) for part in parts if len(part)]
+    return found
 
 
 def _strategy(cell: Cell) -> StrategyConfig:
@@ -219,6 +231,18 @@ def _about_training(trained: TrainingResult) -> dict[str, Any]:
         "stopped": trained.stopped,
         "train_seconds": round(trained.train_seconds, 3),
         "samples_per_second": round(trained.samples_per_second, 1),
+        "phases": [
+            {
+                "name": phase.name,
+                "steps": phase.steps,
+                "epochs": phase.epochs,
+                "seconds": round(phase.seconds, 3),
+                "stopped": phase.stopped,
+                "candidate": phase.candidate,
+                "num_evaluated": phase.num_evaluated,
+            }
+            for phase in trained.phases
+        ],
         "history": [{name: _finite(value) for name, value in values.items()} for values in evaluations],
     }
 

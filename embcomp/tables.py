@@ -182,6 +182,10 @@ class EmbeddingTables(nn.Module):
         """
         self.pareto()
 
+    def widths_of(self, table: int | str) -> Tensor | None:
+        """Values that are stored for each id, int64 ``(V,)``, 0 for none of its own; None where that is no choice."""
+        return None
+
     # ---- lookups ----------------------------------------------------------------------------------------------------
 
     def forward(self, ids: Tensor, table: Tensor | int | str | None = None) -> Tensor:

@@ -146,6 +146,14 @@ class PrunedTables(EmbeddingTables):
 
     # ---- the form that is served ------------------------------------------------------------------------------------
 
+    def widths_of(self, table: int | str) -> Tensor:
+        index = self.index_of(table)
+        ids = torch.arange(self.sizes[index], device=self._sizes.device)
+        width = (self.config.dims or {})[self.names[index]]
+        if not self.is_final:
+            return width * self.kept[ids + self._starts[index]].long()
+        return torch.full_like(ids, width) if self._is_whole else width * self.remap(ids, index)[0].long()
+
     @torch.no_grad()
     def choose_(self, kept: Tensor, widths: Sequence[int]) -> None:
         """Take another form: bool ``(R,)`` rows that are kept, and widths of the tables."""

@@ -116,6 +116,11 @@ class FrequencyCutTables(EmbeddingTables):
             return hash_to_range(ids, self.pick(self._tail_seeds, table), self.pick(self._tail_ranges, table)) + starts
         return starts
 
+    def widths_of(self, table: int | str) -> Tensor:
+        index = self.index_of(table)
+        ids = torch.arange(self.specs[index].num_embeddings, device=self._sizes.device)
+        return self.embedding_dim * self.remap(ids, index)[0].long()
+
     # ---- life -------------------------------------------------------------------------------------------------------
 
     def reset_parameters(self) -> None:

@@ -237,6 +237,14 @@ class NestedTables(EmbeddingTables):
 
     # ---- the form that is served ------------------------------------------------------------------------------------
 
+    def widths_of(self, table: int | str) -> Tensor:
+        index = self.index_of(table)
+        first, found = 0, []
+        for part in self._layout[index]:
+            found += [torch.full((part.stop - first,), part.width, device=self._sizes.device)]
+            first = part.stop
+        return torch.cat(found)[: self.specs[index].num_embeddings]
+
     def _layout_of(self, candidate: Candidate) -> list[list[Part]]:
         widths = iter(candidate)
         return [

@@ -193,3 +193,11 @@ def test_layout_bytes_are_those_of_the_values():
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         build(**options)
+
+
+def test_widths_of_ids_are_those_of_the_layout():
+    tables = build(layout={"user": "100<8 300<2", "item": "40<8", "flag": "3<0"})
+    for form in (tables, tables.finalize()):
+        assert form.widths_of("user").tolist() == [8] * 100 + [2] * 200
+        assert form.widths_of(2).tolist() == [0] * 3
+    assert build_tables(SPECS, "full").widths_of("user") is None

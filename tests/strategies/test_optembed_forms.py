@@ -237,3 +237,15 @@ def test_a_table_whose_rows_are_all_pruned_serves_zeros_or_its_shared_row():
 def test_what_a_config_cannot_say(values, message):
     with pytest.raises(ConfigError, match=message):
         wide_tables(**values)
+
+
+@pytest.mark.parametrize("budget", [None, "30%"])
+def test_widths_of_ids_say_which_have_a_row_before_and_after_finalizing(budget):
+    specs = [TableSpec("user", 200, 8), TableSpec("item", 30, 8)]
+    counts = {"user": torch.arange(200) % 7, "item": torch.arange(30, 0, -1)}
+    tables = plan(specs, OptEmbedConfig(), budget, counts).build()
+    for name in tables.names:
+        widths = tables.widths_of(name)
+        assert torch.equal(tables.finalize().widths_of(name), widths)
+        assert int((widths > 0).sum()) == tables.config.num_kept[name]
+        assert set(widths.tolist()) <= {0, 8}
