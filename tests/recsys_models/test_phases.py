@@ -89,7 +89,7 @@ VARIANTS = {
     "widths alone": {"prune_rows": False, "retrain_from": "supernet"},
 }
 KILLS = {
-    "plain": [("supernet", 3), ("supernet", 15), ("evaluate_many", 1), ("evaluate_many", 3), ("retrain", 2)],
+    "plain": [("supernet", 3), ("supernet", 15), ("evaluate_many", 1), ("evaluate_many", 6), ("retrain", 2)],
     "bilevel": [("supernet", 5), ("supernet", 19), ("retrain", 9)],
     "rows alone": [("supernet", 20), ("retrain", 1), ("retrain", 20)],
     "widths alone": [("supernet", 8), ("evaluate", 2), ("recalibrate", 1), ("retrain", 8)],
@@ -122,7 +122,7 @@ def test_killed_in_any_phase_and_resumed_gives_the_same_bit_for_bit(variant, whe
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 
 
-@pytest.mark.parametrize(("where", "kill_at"), [("supernet", 15), ("evaluate_many", 3), ("retrain", 9)])
+@pytest.mark.parametrize(("where", "kill_at"), [("supernet", 15), ("evaluate_many", 6), ("retrain", 9)])
 def test_the_model_that_was_interrupted_can_be_trained_on(where, kill_at, tmp_path, monkeypatch):
     result, weights, _ = whole("plain")
     model = model_of()
@@ -134,7 +134,7 @@ def test_the_model_that_was_interrupted_can_be_trained_on(where, kill_at, tmp_pa
 
 def test_killed_again_and_again_gives_the_same_bit_for_bit(tmp_path, monkeypatch):
     result, weights, _ = whole("bilevel")
-    for where, kill_at in (("supernet", 8), ("supernet", 16), ("evaluate_many", 2), ("evaluate", 3), ("retrain", 8)):
+    for where, kill_at in (("supernet", 8), ("supernet", 16), ("evaluate_many", 6), ("evaluate", 3), ("retrain", 8)):
         model = model_of(**VARIANTS["bilevel"])
         with pytest.raises(Killed), monkeypatch.context() as patch:
             fit(
@@ -161,7 +161,7 @@ def test_starting_anew_forgets_an_interrupted_search(tmp_path, monkeypatch):
             DATA,
             config(seed=5),
             checkpoint_dir=tmp_path,
-            callbacks=killing(patch, "evaluate_many", 3),
+            callbacks=killing(patch, "evaluate_many", 6),
         )
     assert (tmp_path / "search.json").is_file()
     model = model_of()
