@@ -12,16 +12,18 @@ import torch
 
 from benchmarks.speed import report
 from benchmarks.speed.contest import Row
-from benchmarks.speed.deepfm import FRAPPE_ROWS, measure_deepfm
+from benchmarks.speed.deepfm import FRAPPE_ROWS, frappe, made_log, measure_deepfm
 from benchmarks.speed.lookup_memory import measure_memory
 from benchmarks.speed.lookups import measure_lookups
 from benchmarks.speed.machine import Machine
+from benchmarks.speed.optembed import QUICK_AMOUNTS, Amounts, measure_optembed
 from benchmarks.speed.setting import ORDERS, QUICK, Setting
 from benchmarks.speed.training_steps import measure_steps
 
-SECTIONS = ("lookup", "step", "memory", "deepfm")
+SECTIONS = ("lookup", "step", "memory", "deepfm", "optembed")
 _DEEPFM_STEPS = 100
-_QUICK_DEEPFM = (2, (300, 100))
+_QUICK_ROWS = (300, 100)
+_QUICK_DEEPFM = (2, _QUICK_ROWS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure(section: str, setting: Setting, quick: bool) -> Iterable[Row]:
     if section == "deepfm":
         return measure_deepfm(*_QUICK_DEEPFM) if quick else measure_deepfm(_DEEPFM_STEPS, FRAPPE_ROWS)
+    if section == "optembed":
+        return (
+            measure_optembed(QUICK_AMOUNTS, made_log(_QUICK_ROWS)) if quick else measure_optembed(Amounts(), frappe())
+        )
     measure: dict[str, Callable[[Setting], Iterable[Row]]] = {
         "lookup": measure_lookups,
         "step": measure_steps,

@@ -43,7 +43,10 @@ def measure_deepfm(steps: int, rows: tuple[int, int] = FRAPPE_ROWS) -> Iterator[
         steps: of each contestant.
         rows: of the made training and validation split, where there is no Frappe.
     """
-    data = frappe() or made_log(rows)
+    data = frappe()
+    if data is None:
+        logger.info("EMBCOMP_DATA names no folder with a folder frappe: made data of its shape instead")
+        data = made_log(rows)
     torch.manual_seed(0)
     tables = build_tables(DeepFM.table_specs(data.fields, DIM))
     model = DeepFM(tables, hidden_units=HIDDEN_UNITS, batch_norm=True, dropout=DROPOUT)
@@ -146,8 +149,8 @@ class _Turns(Callback):
 
 
 def frappe() -> ClickLog | None:
+    """Load Frappe; None where ``EMBCOMP_DATA`` names no folder that has it."""
     root = os.environ.get("EMBCOMP_DATA")
     if root and (Path(root) / "frappe").is_dir():
         return load_dataset("frappe", root)
-    logger.info("EMBCOMP_DATA names no folder with a folder frappe: made data of its shape instead")
     return None

@@ -5,14 +5,15 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from benchmarks.speed.contest import Contestant, Row, Seconds, Versus, rows_of, take_turns
-from embcomp import OptEmbedConfig, StrategyConfig, build_tables, make_config
+from embcomp import StrategyConfig, build_tables, make_config
+from embcomp.strategies.optembed import OptEmbedConfig
 from embcomp.training import Phases, SearchResult
 from recsys_models.ctr import DeepFM
 from recsys_models.data import Batches, ClickLog
@@ -40,17 +41,21 @@ class Amounts:
         steps: of each contestant.
         searches: how many, each from the same weights.
         passes: plain validation passes before and after each search; their median counts.
-        config: of the search; the default one has 600 candidates.
+        config: of the tables and their search; the default one has 600 candidates.
     """
 
     steps: int = 150
     searches: int = 3
     passes: int = 5
-    config: OptEmbedConfig = OptEmbedConfig()
+    config: OptEmbedConfig = field(default_factory=OptEmbedConfig)
 
     @property
     def candidates(self) -> int:
-        """Candidates of a search, none of them evaluated twice."""
+        """Candidates of all generations.
+
+        A first generation has more where there are more seeds, later ones have less where no new candidates are found:
+        ratios are not scaled by that, but a note says how many were evaluated.
+        """
         return self.config.generations * (self.config.mutations + self.config.crossovers)
 
     @property
@@ -60,6 +65,7 @@ class Amounts:
 
 
 QUICK_AMOUNTS = Amounts(2, 1, 1, OptEmbedConfig(generations=2))
+"""Enough for a test of the benchmark itself; its figures mean nothing."""
 
 
 def measure_optembed(amounts: Amounts, data: ClickLog | None) -> Iterator[Row]:
@@ -75,7 +81,7 @@ def measure_optembed(amounts: Amounts, data: ClickLog | None) -> Iterator[Row]:
     plain, supernet = Training(data, make_config("full")), Training(data, amounts.config, BUDGET)
     seconds = take_turns([Contestant(FULL, plain.step), Contestant(SUPERNET, supernet.step)], amounts.steps)
     searches, found = _searches(amounts, plain, supernet)
-    note = f"{found.num_evaluated} candidates evaluated"
+    note = f"{found.num_evaluated} candidates evaluated, none twice"
     yield from _rows(data.name, amounts, {**seconds, **searches}, note)
 
 
@@ -90,7 +96,7 @@ class Training:
 
     def __init__(self, data: ClickLog, config: StrategyConfig, budget: str | None = None) -> None:
         torch.manual_seed(0)
-        counts = {field.name: torch.from_numpy(np.array(field.counts)) for field in data.fields}
+        counts = {one.name: torch.from_numpy(np.array(one.counts)) for one in data.fields}
         tables = build_tables(DeepFM.table_specs(data.fields, DIM), config, budget, counts)
         self.data, self.model = data, DeepFM(tables).train()
         self.phases = Phases(self.model)

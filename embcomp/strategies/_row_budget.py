@@ -73,13 +73,22 @@ class RowBudget:
         def fits(number: tuple[int, ...]) -> bool:
             return self.bytes_of(widths, number) <= self.config.limit_bytes
 
-        low, high = _LOWEST, _HIGHEST  # the highest density keeps nothing that can be left out
-        while high - low > 1:
+        if fits(tuple(self.sizes.tolist())):
+            return [-math.inf] * len(widths)
+        # The highest density keeps nothing that can be left out, the lowest everything, which does not fit.
+        low, high, most, above = _LOWEST, _HIGHEST, self.sizes.sum(), np.zeros_like(self.sizes)
+        while high - low > 1 and most - above.sum() > 1:
             middle = (low + high) // 2
-            number = self._numbers(_cut(_density_of(middle), width), prices)
-            low, high = (low, middle) if fits(tuple(number.tolist())) else (middle, high)
-        cut = _cut(_density_of(high), width)
-        found: list[float] = np.where(self._numbers(cut, prices) == self.sizes, -math.inf, cut).tolist()
+            number = self._above(_cut(_density_of(middle), width))
+            if fits(tuple(self._completed(number, prices).tolist())):
+                high, above = middle, number
+            else:
+                low, most = middle, number.sum()
+        numbers = self._completed(above, prices)
+        cuts, partly = np.full(len(widths), -math.inf), numbers < self.sizes
+        best_left_out = (self._ends - numbers - 1)[partly]
+        cuts[partly] = self._all[self._ranks[best_left_out] - self._apart[partly] - 1]
+        found: list[float] = cuts.tolist()
         return found
 
     def kept(self, widths: Candidate) -> Tensor:
@@ -131,10 +140,11 @@ class RowBudget:
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
-    def _numbers(self, cut: np.ndarray, prices: np.ndarray) -> np.ndarray:
+    def _above(self, cut: np.ndarray) -> np.ndarray:
         """Rows of each table whose scores are above its cut."""
-        rank = np.searchsorted(self._all, cut, side="right")
-        return self._completed(self._ends - np.searchsorted(self._ranks, self._apart + rank, side="right"), prices)
+        rank = self._all.searchsorted(cut, side="right")
+        found: np.ndarray = self._ends - self._ranks.searchsorted(self._apart + rank, side="right")
+        return found
 
     def _completed(self, numbers: np.ndarray, prices: np.ndarray) -> np.ndarray:
         """Keep tables whole where that costs no more than to leave rows out: to say which, and a row for them all."""

@@ -188,7 +188,9 @@ class OptEmbedTables(PrunedTables):
         assert self._shown is not None
         widths, cuts = self._shown
         ids, table = first_block(ids, table, len(widths))
-        rows, owner = ids + self.pick(self._starts, table), owners(ids, table, self.num_tables)
+        rows = ids + self.pick(self._starts, table)
+        one_for_all = ids.dim() > 0 and not isinstance(table, Tensor)
+        owner = owners(ids[:1] if one_for_all else ids, table, self.num_tables)
         vectors: Tensor = self.rows(rows, table)
         kept = (self._score[rows] > cuts[:, owner]).unsqueeze(-1)
         shown = self.prefix(widths[:, owner])

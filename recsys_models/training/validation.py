@@ -14,6 +14,8 @@ from recsys_models.metrics import CLIP, evaluate
 from recsys_models.training.config import TrainingConfig
 
 RECALIBRATION_BATCHES = 20
+ROWS_AT_ONCE = 8192
+"""At most, of all candidates that are evaluated together: with more, activations leave the caches of a CPU."""
 
 
 class ValidationSearch:
@@ -41,7 +43,7 @@ class ValidationSearch:
 
     def evaluate_many(self, number: int) -> list[float]:
         """The monitored metric of the candidates that are shown, on the sample."""
-        size = max(self.config.eval_batch_size // number, 1)
+        size = max(min(self.config.eval_batch_size, ROWS_AT_ONCE) // number, 1)
         was_training, parts = self.model.training, []
         self.model.eval()
         try:

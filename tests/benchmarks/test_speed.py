@@ -210,7 +210,7 @@ def test_what_is_wanted_of_optembed():
     assert (supernet.peer, supernet.limit) == (full.name, 1.5)
     assert (search.peer, search.limit) == (passes.name, 0.1)
     assert passes.name.startswith("40 validation passes")
-    assert search.note.startswith("40 of 40 candidates")
+    assert 20 < int(search.note.removesuffix(" candidates evaluated, none twice")) < 200
     assert search.ratio == search.median / passes.median
     assert Amounts().candidates == 600
 
