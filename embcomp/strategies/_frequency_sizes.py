@@ -13,8 +13,8 @@ from torch import Tensor
 
 from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import stored_bytes
+from embcomp.storage.bitmap import bitmap_bytes
 from embcomp.strategies._allocation import allocate_rows, check_table_names
-from embcomp.strategies._remap import remap_bytes
 
 if TYPE_CHECKING:
     from embcomp.strategies.frequency_cut import FrequencyCutConfig
@@ -61,6 +61,25 @@ def complete_sizes(
 def most_frequent(counts: Tensor, number: int) -> Tensor:
     """The ids that are kept: int64 ``(number,)``; of ids that occur equally often the smaller ones."""
     return counts.argsort(stable=True, descending=True)[:number]
+
+
+def is_falling(counts: Tensor) -> bool:
+    """Whether ids are numbered by falling frequency."""
+    return bool((counts[1:] <= counts[:-1]).all())
+
+
+def frequency_stops(counts: Tensor, tiers: int) -> list[int]:
+    """Cut a table's ids into at most ``tiers`` ranges of consecutive ids by frequency: where they stop, the last at V.
+
+    Steps are equal in the logarithm of the count. What decides for an id is the largest count from it on, which falls
+    whatever the order of ids, so that an id out of order only joins a better tier.
+    """
+    if tiers == 1 or not bool((counts > 0).any()):
+        return [len(counts)]
+    level = counts.flip(0).cummax(0).values.flip(0)
+    top, bottom = float(level[0]), max(float(level[level > 0][-1]), 1.0)
+    cuts = [top * (bottom / top) ** (i / tiers) for i in range(1, tiers)]
+    return [*sorted({int((level >= cut).sum()) for cut in cuts} - {0, len(counts)}), len(counts)]
 
 
 def id_numbers(specs: Sequence[TableSpec], config: FrequencyCutConfig) -> list[int]:
@@ -190,7 +209,7 @@ def _fees(specs: Sequence[TableSpec], config: FrequencyCutConfig, known: Knowled
     fees = {}
     for spec, num_ids in zip(specs, id_numbers(specs, config), strict=True):
         ordered = spec.name not in known.counts or _ranking(known, spec.name).ordered
-        fees[spec.name] = 0 if ordered else math.ceil(1024 * remap_bytes(num_ids) / thousand)
+        fees[spec.name] = 0 if ordered else math.ceil(1024 * bitmap_bytes(num_ids) / thousand)
     return fees
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from embcomp.strategies._remap import build_remap, look_up_remap, remap_words, word_starts
+from embcomp.storage.bitmap import bitmap_words, build_bitmap, look_up_bitmap
 
 
 class KeptIds(nn.Module):
@@ -35,7 +35,7 @@ class KeptIds(nn.Module):
         self.num_ids, self.remapped = tuple(num_ids), tuple(remapped)
         self.is_remapped = any(remapped)
         self.starts, total = word_starts(num_ids, remapped)
-        last = [remap_words(ids) - 1 if flag else 0 for ids, flag in zip(num_ids, remapped, strict=True)]
+        last = [bitmap_words(ids) - 1 if flag else 0 for ids, flag in zip(num_ids, remapped, strict=True)]
         constants = {"_kept": num_kept, "_remapped": remapped, "_words": self.starts, "_last_words": last}
         for name, values in constants.items():
             self.register_buffer(name, torch.tensor(list(values), device="cpu"), persistent=False)
@@ -58,7 +58,7 @@ class KeptIds(nn.Module):
         if any(flags):
             # Ids of tables without a remap look up some word of it too, and then ignore it.
             words = (ids >> 6).minimum(self._pick(self._last_words, table)) + self._pick(self._words, table)
-            found, ranks = look_up_remap(self.bits, self.ranks, ids, words)
+            found, ranks = look_up_bitmap(self.bits, self.ranks, ids, words)
             remapped = self._pick(self._remapped, table)
             kept, rows = torch.where(remapped, found, kept), torch.where(remapped, ranks, rows)
         return kept, rows
@@ -66,7 +66,7 @@ class KeptIds(nn.Module):
     @torch.no_grad()
     def keep_(self, table: int, kept: Tensor) -> None:
         """Say which ids a remapped table keeps: int64 ``(num_kept,)``, in any order."""
-        bits, ranks = build_remap(kept, self.num_ids[table])
+        bits, ranks = build_bitmap(kept, self.num_ids[table])
         start = self.starts[table]
         self.bits[start : start + len(bits)] = bits.to(self.bits.device)
         self.ranks[start : start + len(ranks)] = ranks.to(self.ranks.device)
@@ -74,3 +74,12 @@ class KeptIds(nn.Module):
     @staticmethod
     def _pick(constants: Tensor, table: Tensor | int | None) -> Tensor:
         return constants if table is None else constants[table]
+
+
+def word_starts(num_ids: Sequence[int], remapped: Sequence[bool]) -> tuple[list[int], int]:
+    """First word of each table among the words of all that have a remap (0 for the others), and their number."""
+    starts, total = [], 0
+    for size, flag in zip(num_ids, remapped, strict=True):
+        starts.append(total if flag else 0)
+        total += bitmap_words(size) if flag else 0
+    return starts, total

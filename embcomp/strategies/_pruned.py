@@ -10,19 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embcomp.config import StrategyConfig, check_choice
+from embcomp.config import check_choice
 from embcomp.errors import ConfigError
-from embcomp.memory import SHARED, MemoryPart, MemoryReport
 from embcomp.specs import Knowledge, TableSpec
-from embcomp.storage import QuantizedRows, RowFormat, make_row_store
-from embcomp.storage.ragged import RaggedRows, check_granularity, ragged_bytes
+from embcomp.storage import QuantizedRows, make_row_store
+from embcomp.storage.bitmap import bitmap_bytes
+from embcomp.storage.ragged import RaggedRows, ragged_bytes
 from embcomp.strategies._allocation import check_table_names
+from embcomp.strategies._cut_rows import CutConfig, CutTables, resolved_format
 from embcomp.strategies._fitting import shared_means
-from embcomp.strategies._frequency_sizes import complete_sizes, most_frequent, row_range
+from embcomp.strategies._frequency_sizes import complete_sizes, is_falling, most_frequent, row_range
 from embcomp.strategies._kept_ids import KeptIds
-from embcomp.strategies._prefix_projection import PrefixProjection, fold
-from embcomp.strategies._projected import PROJECTIONS, principal_axes
-from embcomp.strategies._remap import remap_bytes
+from embcomp.strategies._prefix_projection import fold
 from embcomp.strategies.frequency_cut import FrequencyCutConfig
 from embcomp.tables import EmbeddingTables
 
@@ -30,39 +29,27 @@ PRUNED = ("oov", "zero")
 
 
 @dataclass(frozen=True)
-class PrunedConfig(StrategyConfig):
+class PrunedConfig(CutConfig):
     """A form with fewer rows and narrower fields; at first the most frequent ids of full width.
 
     Attributes:
         pruned: what ids without a row get: ``"oov"``: one learned row per table; ``"zero"``: zeros.
-        projection: ``"linear"``: a matrix per table brings rows of any width to D, so that narrow rows take part in
-            all dimensions; ``"none"``: zeros behind them, as in the paper.
         num_kept: table name -> ids that have a row; None to let the budget, then training choose.
         dims: table name -> width of its rows, 1 to D; None for D.
         remapped: table name -> whether a bit per id says which ids are kept; where it is False they are the first.
-        limit_bytes: serve bytes that training may choose among; None for no limit. The budget sets it.
     """
 
     pruned: str = "oov"
-    projection: str = "linear"
     num_kept: dict[str, int] | None = None
     dims: dict[str, int] | None = None
     remapped: dict[str, bool] | None = None
-    limit_bytes: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self, "pruned", PRUNED)
-        check_choice(self, "projection", PROJECTIONS)
-        check_granularity(RowFormat.parse(self.rows))
-
-    @property
-    def is_projected(self) -> bool:
-        """Whether there are matrices: only where there may be narrow rows."""
-        return self.projection == "linear"
 
 
-class PrunedTables(EmbeddingTables):
+class PrunedTables(CutTables):
     """Rows of all ids at full width while training, those that are kept at their tables' widths when served.
 
     While training, ``kept`` and ``widths`` say what would be served, and lookups blank everything else; `choose_`
@@ -87,9 +74,7 @@ class PrunedTables(EmbeddingTables):
         self.rows = make_row_store(
             config.rows, [size + self.has_shared for size in self.sizes], self.embedding_dim, config.sparse
         )
-        self.projection: PrefixProjection | None = None
-        if config.is_projected:
-            self.projection = PrefixProjection(self.num_tables, self.embedding_dim)
+        self.make_projection_()
         self.constant("_starts", self.rows.starts())
         self.register_buffer("kept", torch.zeros(self.rows.num_rows, dtype=torch.bool))
         self.register_buffer("widths", torch.tensor(dims, dtype=torch.int64))
@@ -135,14 +120,6 @@ class PrunedTables(EmbeddingTables):
         if self.config.pruned == "zero":
             vectors = torch.where(kept.unsqueeze(-1), vectors, 0.0)
         return self.projected(vectors, table)
-
-    def projected(self, vectors: Tensor, table: Tensor | int | None) -> Tensor:
-        """Bring rows, zero behind their widths, to D dimensions."""
-        return vectors if self.projection is None else self.projection(vectors, table)
-
-    def prefix(self, widths: Tensor) -> Tensor:
-        """Which of D dimensions the first ``widths`` are: int64 ``(...)`` to bool ``(..., D)``."""
-        return torch.arange(self.embedding_dim, device=widths.device) < widths.unsqueeze(-1)
 
     # ---- the form that is served ------------------------------------------------------------------------------------
 
@@ -195,7 +172,7 @@ class PrunedTables(EmbeddingTables):
         self._is_whole = num_kept == self.sizes and all(width == self.embedding_dim for width in widths)
         if not self._is_whole:
             with self.kept.device:
-                ragged = RaggedRows(segments, self.embedding_dim, _row_format(self.specs, config), widths)
+                ragged = RaggedRows(segments, self.embedding_dim, resolved_format(self.specs, config), widths)
                 remap = KeptIds(self.sizes, num_kept, remapped)
             if not self.kept.is_meta:
                 ragged, remap = ragged.to(self.kept.device), remap.to(self.kept.device)
@@ -240,35 +217,15 @@ class PrunedTables(EmbeddingTables):
         """Parameters and buffers that only training needs."""
         return ["kept", "widths"]
 
-    def memory(self) -> MemoryReport:
-        report = super().memory()
-        if self.is_final:
-            return report
-        sizes, remap, matrices = form_bytes(self.specs, self.config)
-        own = {"rows": dict(zip(self.names, sizes, strict=True))}
-        if self.projection is not None:
-            own["projection"] = dict(zip(self.names, matrices, strict=True))
-        parts = [
-            replace(part, serve_bytes=own[part.name][part.table] if part.name in own else 0) for part in report.parts
-        ]
-        if remap:
-            parts.append(MemoryPart(SHARED, "remap", remap, 0, 0, 0))
-        return MemoryReport(tuple(parts), report.full_bytes)
+    def served_bytes(self) -> tuple[list[int], list[int], int]:
+        return form_bytes(self.specs, self.config)
 
     # ---- life -------------------------------------------------------------------------------------------------------
 
-    def reset_parameters(self) -> None:
-        self.rows.reset_parameters([spec.init_std for spec in self.specs], self.generator())
-        if self.projection is not None:
-            self.projection.reset_parameters(self.generator("projection"))
-
     def fit(self, weights: Sequence[Tensor], counts: Sequence[Tensor]) -> None:
-        for table, (start, weight, count) in enumerate(zip(self.rows.starts(), weights, counts, strict=True)):
+        for table, (start, trained, count) in enumerate(zip(self.rows.starts(), weights, counts, strict=True)):
             size, name = self.sizes[table], self.names[table]
-            if self.projection is not None:
-                axes = principal_axes(weight, count)
-                self.projection.weight[table].copy_(axes.T)
-                weight = weight @ axes
+            weight = self.rotated(table, trained, count)
             self.rows.write_(start, weight)
             number = (self.config.num_kept or {})[name]
             if (self.config.remapped or {})[name]:
@@ -297,10 +254,6 @@ class PrunedTables(EmbeddingTables):
             remapped[spec.name] = (cut.remapped or {})[spec.name] and num_kept[spec.name] < spec.num_embeddings
         dims = config.dims or {spec.name: spec.embedding_dim for spec in specs}
         return replace(config, num_kept=num_kept, remapped=remapped, dims=dims)
-
-    @classmethod
-    def within(cls, config: Any, allowed: int) -> Any:
-        return replace(config, limit_bytes=allowed) if config.limit_bytes is None else config
 
     @classmethod
     def complete(cls, specs: Sequence[TableSpec], config: Any, known: Knowledge) -> Any:
@@ -338,12 +291,12 @@ class PrunedTables(EmbeddingTables):
                 )
 
 
-def form_bytes(specs: Sequence[TableSpec], config: Any) -> tuple[list[int], int, list[int]]:
-    """Serve bytes of each table's rows, of the remap, and of each table's matrix, for a complete config."""
+def form_bytes(specs: Sequence[TableSpec], config: Any) -> tuple[list[int], list[int], int]:
+    """Serve bytes of each table's rows and of its matrix, and of the remap, for a complete config."""
     _, segments, widths, matrices = served_form(specs, config)
-    rows = ragged_bytes(segments, specs[0].embedding_dim, _row_format(specs, config), widths)
-    remap = sum(remap_bytes(spec.num_embeddings) for spec in specs if config.remapped[spec.name])
-    return rows, remap, [4 * width * specs[0].embedding_dim for width in matrices]
+    rows = ragged_bytes(segments, specs[0].embedding_dim, resolved_format(specs, config), widths)
+    remap = sum(bitmap_bytes(spec.num_embeddings) for spec in specs if config.remapped[spec.name])
+    return rows, [4 * width * specs[0].embedding_dim for width in matrices], remap
 
 
 def served_form(specs: Sequence[TableSpec], config: Any) -> tuple[list[bool], list[int], list[int], list[int]]:
@@ -353,7 +306,7 @@ def served_form(specs: Sequence[TableSpec], config: Any) -> tuple[list[bool], li
     widths = [config.dims[spec.name] for spec in specs]
     if not config.is_projected:
         return shared, segments, widths, [0] * len(specs)
-    dim, row_format = specs[0].embedding_dim, _row_format(specs, config)
+    dim, row_format = specs[0].embedding_dim, resolved_format(specs, config)
     return shared, segments, *fold(segments, widths, range(len(specs)), dim, row_format)
 
 
@@ -361,10 +314,6 @@ def _stored_shared(specs: Sequence[TableSpec], config: Any) -> list[bool]:
     """Whether each table serves a row for ids that have none: unseen ones, or pruned ones if there are any."""
     always, often = config.unseen == "oov_row", config.pruned == "oov"
     return [always or (often and config.num_kept[spec.name] < spec.num_embeddings) for spec in specs]
-
-
-def _row_format(specs: Sequence[TableSpec], config: StrategyConfig) -> RowFormat:
-    return RowFormat.parse(config.rows).resolve(specs[0].embedding_dim)
 
 
 def _as_cut(config: PrunedConfig) -> FrequencyCutConfig:
@@ -376,5 +325,4 @@ def _as_cut(config: PrunedConfig) -> FrequencyCutConfig:
 def _needs_remap(spec: TableSpec, number: int, known: Knowledge) -> bool:
     if not 0 < number < spec.num_embeddings or spec.name not in known.counts:
         return False
-    counts = known.counts[spec.name]
-    return not bool((counts[1:] <= counts[:-1]).all())
+    return not is_falling(known.counts[spec.name])

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from embcomp.specs import TableSpec
-from embcomp.strategies._remap import remap_bytes
+from embcomp.storage.bitmap import bitmap_bytes
 from embcomp.training.search import Candidate
 
-FormBytes = Callable[[Sequence[TableSpec], Any], tuple[list[int], int, list[int]]]
+FormBytes = Callable[[Sequence[TableSpec], Any], tuple[list[int], list[int], int]]
 _LOWEST, _HIGHEST = -(2**63), 2**63 - 1
 
 
@@ -32,7 +32,7 @@ class RowBudget:
         config: a complete `PrunedConfig`, whose ``limit_bytes`` is the budget; None keeps rows of positive score.
         score: float32 ``(R,)``, the rows of the tables one after another, each with its shared row if there are some.
         has_shared: whether every table has a shared row behind its ids.
-        form_bytes: specs and complete config -> bytes of each table's rows, of the remap, and of each table's matrix.
+        form_bytes: specs and complete config -> bytes of each table's rows and of its matrix, and of the remap.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class RowBudget:
         self.num_wanted = [int((row > 0).sum()) for row in rows]
         self.is_ordered = [bool((row[1:] <= row[:-1]).all()) for row in rows]
         fees = zip(self.is_ordered, specs, strict=True)
-        self._fees = np.array([0 if ordered else remap_bytes(spec.num_embeddings) for ordered, spec in fees])
+        self._fees = np.array([0 if ordered else bitmap_bytes(spec.num_embeddings) for ordered, spec in fees])
         self._spared = int(has_shared and config.unseen != "oov_row")  # whole tables need no shared row
         # Ranks among all scores, sorted within each table and set apart by table: one search answers for all tables.
         self._all = np.sort(np.concatenate(rows))
@@ -135,7 +135,7 @@ class RowBudget:
         }
         config = copy(self.config)
         vars(config).update(form)  # past the checks of a new config: a search asks thousands of times
-        rows, remap, matrices = self.form_bytes(self.specs, config)
+        rows, matrices, remap = self.form_bytes(self.specs, config)
         return sum(rows) + remap + sum(matrices)
 
     # ---- inside -----------------------------------------------------------------------------------------------------

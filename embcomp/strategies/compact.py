@@ -15,6 +15,7 @@ from embcomp.errors import ConfigError
 from embcomp.mixed import MixedTables, Piece
 from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import stored_bytes
+from embcomp.strategies._frequency_sizes import frequency_stops
 from embcomp.strategies._projected import PROJECTIONS, ProjectedConfig, ProjectedTables
 from embcomp.strategies.full import FullConfig, FullTables
 from embcomp.strategies.low_rank import spectrum
@@ -239,13 +240,8 @@ def _tiers(spec: TableSpec, config: CompactConfig, known: Knowledge) -> list[tup
     counts = known.counts.get(spec.name)
     if counts is None or config.tiers == 1 or not bool((counts > 0).any()):
         return [(0, spec.num_embeddings, 1.0)]
-    # The largest count from each id on: it falls, whatever the order, and an id out of order only joins a better tier.
-    level = counts.flip(0).cummax(0).values.flip(0)
-    # Equal steps in log frequency: a tier's rows differ by the same factor in what another bit is worth.
-    top, bottom = float(level[0]), max(float(level[level > 0][-1]), 1.0)
-    cuts = [top * (bottom / top) ** (i / config.tiers) for i in range(1, config.tiers)]
-    stops = [*sorted({int((level >= cut).sum()) for cut in cuts} - {0, len(counts)}), len(counts)]
-    tiers = [*itertools.pairwise([0, *stops])]
+    # A tier's rows differ by the same factor in what another bit is worth.
+    tiers = [*itertools.pairwise([0, *frequency_stops(counts, config.tiers)])]
     worths = [_worth(counts[first:stop].double(), config.reliability) for first, stop in tiers]
     return [(first, stop, worth / sum(worths)) for (first, stop), worth in zip(tiers, worths, strict=True)]
 

@@ -6,41 +6,48 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from embcomp.budget import Budget
-from embcomp.config import StrategyConfig, check_at_least, check_choice, register_strategy
+from embcomp.config import check_at_least, check_choice, register_strategy
 from embcomp.errors import BudgetError, ConfigError
-from embcomp.memory import MemoryReport
 from embcomp.phases import Phase
 from embcomp.specs import Knowledge, TableSpec
-from embcomp.storage import RowFormat, make_row_store
-from embcomp.storage.ragged import RaggedRows, check_granularity, ragged_bytes
+from embcomp.storage import make_row_store
+from embcomp.storage.ragged import RaggedRows
 from embcomp.strategies._allocation import check_table_names
 from embcomp.strategies._candidates import first_block
-from embcomp.strategies._prefix_projection import PrefixProjection, fold
-from embcomp.strategies._projected import PROJECTIONS, principal_axes
+from embcomp.strategies._cut_rows import CutConfig, CutTables, resolved_format
+from embcomp.strategies._frequency_sizes import frequency_stops, is_falling
+from embcomp.strategies._layouts import (
+    Part,
+    layout_bytes,
+    oov_part,
+    padded,
+    parse_layout,
+    segments_of,
+    served_form,
+    split_part,
+    table_bytes,
+)
 from embcomp.tables import EmbeddingTables
 from embcomp.training.greedy import GreedyCut
 from embcomp.training.search import Candidate, FrontPoint, Search
 
 RETRAIN = ("none", "finetune", "initial")
 _NOWHERE = torch.iinfo(torch.int64).max
-_PART = re.compile(r"(\d+)<(\d+)")
 
 
 @dataclass(frozen=True)
-class NestedConfig(StrategyConfig):
+class NestedConfig(CutConfig):
     """Nested tables.
 
     Attributes:
         ladder: widths that rows are trained to be cut to, rising, joined by commas, such as ``"1,2,4,8,16"``; None for
             the powers of two below D, and D. Width 0, no row at all, is always possible.
-        projection: ``"linear"``: a matrix per table brings rows of any width to D, so that narrow rows take part in
-            all dimensions; ``"none"``: zeros behind them.
         distill: weight of the divergence of narrower passes' predictions from those of the full width.
         tiers: frequency tiers that a table is cut into, each with a width of its own; only where counts are given, and
             ids are numbered by falling frequency.
@@ -48,21 +55,16 @@ class NestedConfig(StrategyConfig):
             ``"initial"``: it begins anew with them, from the first weights.
         layout: table name -> ``"stop<width"`` for consecutive ranges of ids, joined by spaces; None to let the budget,
             then the cut choose.
-        limit_bytes: serve bytes that the cut ends at; None for all. The budget sets it.
     """
 
     ladder: str | None = None
-    projection: str = "linear"
     distill: float = 0.0
     tiers: int = 1
     retrain: str = "none"
     layout: dict[str, str] | None = None
-    limit_bytes: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_granularity(RowFormat.parse(self.rows))
-        check_choice(self, "projection", PROJECTIONS)
         check_at_least(self, "distill", 0)
         check_at_least(self, "tiers", 1)
         check_choice(self, "retrain", RETRAIN)
@@ -85,15 +87,8 @@ class NestedConfig(StrategyConfig):
         return widths if widths[-1] == dim else [*widths, dim]
 
 
-class Part(NamedTuple):
-    """Ids of a table up to ``stop``, and the width of their rows."""
-
-    stop: int
-    width: int
-
-
 @register_strategy("nested", NestedConfig)
-class NestedTables(EmbeddingTables):
+class NestedTables(CutTables):
     """One training for a whole front of sizes: the first values of every row make a good narrower row.
 
     After Matryoshka Representation Learning (Kusupati et al., arXiv 2205.13147), for tables: every step runs the model
@@ -118,7 +113,12 @@ class NestedTables(EmbeddingTables):
         super().__init__(specs, config)
         self._layout = self._checked_layout()
         self._ladder = config.widths(self.embedding_dim)
-        self._tiers = [_tiers(spec, config, (counts or {}).get(spec.name)) for spec in self.specs]
+        known = [(counts or {}).get(spec.name) for spec in self.specs]
+        self._ordered = [count is not None and is_falling(count) for count in known]
+        self._tiers = [
+            frequency_stops(count, config.tiers) if ordered and count is not None else [spec.num_embeddings]
+            for spec, count, ordered in zip(self.specs, known, self._ordered, strict=True)
+        ]
         self._most = max(config.tiers + 2, max(map(len, self._layout)))
         self._pass = "full"
         self._training_form = False
@@ -126,9 +126,7 @@ class NestedTables(EmbeddingTables):
         self._drawn: Tensor | None = None
         self._cutting: GreedyCut | None = None
         self.rows = make_row_store(config.rows, self.num_ids, self.embedding_dim, config.sparse)
-        self.projection: PrefixProjection | None = None
-        if config.projection == "linear":
-            self.projection = PrefixProjection(self.num_tables, self.embedding_dim)
+        self.make_projection_()
         self.constant("_starts", self.rows.starts())
         self.register_buffer("bounds", torch.zeros(self.num_tables, self._most, dtype=torch.int64))
         self.register_buffer("widths", torch.zeros(self.num_tables, self._most, dtype=torch.int64))
@@ -140,35 +138,25 @@ class NestedTables(EmbeddingTables):
     def lookup(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
         rows = ids + self.pick(self._starts, table)
         if self.is_final:
-            return self._projected(self.rows(rows, self.pick(self._first, table) + self._part_of(ids, table)), table)
+            return self.projected(self.rows(rows, self.pick(self._first, table) + self._part_of(ids, table)), table)
         if self._shown is not None:
             return self._lookup_candidates(ids, table, self._shown)
         vectors: Tensor = self.rows(rows, table)
         if not self._training_form:
             widths = self._pick_part(self.widths, ids, table)
         elif self._pass == "full" or not self.training:
-            return self._projected(vectors, table)
+            return self.projected(vectors, table)
         else:
-            widths = self._pass_widths(table)
-        return self._projected(torch.where(self._prefix(widths), vectors, 0.0), table)
-
-    def _projected(self, vectors: Tensor, table: Tensor | int | None) -> Tensor:
-        return vectors if self.projection is None else self.projection(vectors, table)
+            assert self._drawn is not None
+            widths = self.pick(self._drawn, table)  # of each table one for the whole batch
+        return self.projected(torch.where(self.prefix(widths), vectors, 0.0), table)
 
     def _lookup_candidates(self, ids: Tensor, table: Tensor | int | None, shown: Tensor) -> Tensor:
         """Each block of ids is shown as its candidate has it, ``shown`` being ``(P, T, parts)``."""
         ids, table = first_block(ids, table, len(shown))
         vectors: Tensor = self.rows(ids + self.pick(self._starts, table), table)
         widths = torch.stack([self._pick_part(own, ids, table) for own in shown])
-        return self._projected(torch.where(self._prefix(widths), vectors, 0.0), table).flatten(0, 1)
-
-    def _pass_widths(self, table: Tensor | int | None) -> Tensor:
-        """Widths of this pass: of each table, one for the whole batch."""
-        assert self._drawn is not None
-        return self.pick(self._drawn, table)
-
-    def _prefix(self, widths: Tensor) -> Tensor:
-        return torch.arange(self.embedding_dim, device=widths.device) < widths.unsqueeze(-1)
+        return self.projected(torch.where(self.prefix(widths), vectors, 0.0), table).flatten(0, 1)
 
     def _part_of(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
         """Number of the part within its table that each id is in: int64 ``(...)``."""
@@ -212,7 +200,7 @@ class NestedTables(EmbeddingTables):
         layouts = [self._layout_of(candidate) for candidate in candidates]
         self._layout = layouts[0]  # all have the same bounds
         self._write_layout()
-        widths = [_padded([[part.width for part in own] for own in layout], self._most) for layout in layouts]
+        widths = [padded([[part.width for part in own] for own in layout], self._most) for layout in layouts]
         self._shown = torch.tensor(widths, device=self.widths.device)
 
     def adopt_(self, candidate: Candidate) -> None:
@@ -225,10 +213,8 @@ class NestedTables(EmbeddingTables):
         return self._cutting.front()
 
     def cut_(self, budget: str | float | Budget) -> None:
-        limit, smallest = (
-            Budget.parse(budget).bytes(sum(spec.full_bytes for spec in self.specs)),
-            self.pareto()[-1].bytes,
-        )
+        smallest = self.pareto()[-1].bytes
+        limit = Budget.parse(budget).bytes(sum(spec.full_bytes for spec in self.specs))
         assert self._cutting is not None
         if limit < smallest:
             raise BudgetError(f"the smallest form takes {smallest} B, budget {budget} is {limit} B", smallest)
@@ -248,7 +234,7 @@ class NestedTables(EmbeddingTables):
     def _layout_of(self, candidate: Candidate) -> list[list[Part]]:
         widths = iter(candidate)
         return [
-            [*(Part(stop, next(widths)) for stop in tiers), *_oov(spec, self.config)]
+            [*(Part(stop, next(widths)) for stop in tiers), *oov_part(spec, self.config)]
             for spec, tiers in zip(self.specs, self._tiers, strict=True)
         ]
 
@@ -267,12 +253,12 @@ class NestedTables(EmbeddingTables):
         gene = next(g for g, (old, new) in enumerate(zip(before, candidate, strict=True)) if old != new)
         table, tier = self._gene(gene)
         first, part = (layout[table][tier - 1].stop if tier else 0), layout[table][tier]
-        low, high = 0, part.stop - first if self._is_ordered(table) else 0
+        low, high = 0, part.stop - first if self._ordered[table] else 0
         while low < high:
             middle = (low + high + 1) // 2
-            fits = layout_bytes(_split(layout, table, tier, first + middle, before[gene]), self.specs, self.config)
+            fits = layout_bytes(split_part(layout, table, tier, first + middle, before[gene]), self.specs, self.config)
             low, high = (middle, high) if fits <= limit else (low, middle - 1)
-        return _split(layout, table, tier, first + low, before[gene]) if low else layout
+        return split_part(layout, table, tier, first + low, before[gene]) if low else layout
 
     def _gene(self, gene: int) -> tuple[int, int]:
         for table, tiers in enumerate(self._tiers):
@@ -280,9 +266,6 @@ class NestedTables(EmbeddingTables):
                 return table, gene
             gene -= len(tiers)
         raise IndexError(gene)
-
-    def _is_ordered(self, table: int) -> bool:
-        return self._tiers[table].ordered
 
     def _choose(self, layout: list[list[Part]]) -> None:
         self._layout = layout
@@ -293,8 +276,8 @@ class NestedTables(EmbeddingTables):
     def _write_layout(self) -> None:
         if self.bounds.is_meta:
             return
-        stops = _padded([[part.stop for part in own[:-1]] for own in self._layout], self._most, _NOWHERE)
-        widths = _padded([[part.width for part in own] for own in self._layout], self._most)
+        stops = padded([[part.stop for part in own[:-1]] for own in self._layout], self._most, _NOWHERE)
+        widths = padded([[part.width for part in own] for own in self._layout], self._most)
         self.bounds.copy_(torch.tensor(stops))
         self.widths.copy_(torch.tensor(widths))
 
@@ -312,7 +295,7 @@ class NestedTables(EmbeddingTables):
         if self.is_final:
             return self
         served, layout, starts = self.rows.finalize(), self._checked_layout(), self.rows.starts()
-        segments, cut, owner = _segments(layout)
+        segments, cut, owner = segments_of(layout)
         widths, matrices = served_form(layout, self.specs, self.config)
         stops = [[0, *(part.stop for part in own[:-1])] for own in layout]
         first = [start + stop for start, own in zip(starts, stops, strict=True) for stop in own]
@@ -321,12 +304,12 @@ class NestedTables(EmbeddingTables):
             self.projection.multiply_(served, [piece for piece in pieces if not matrices[piece[0]]])
             self.projection = self.projection.served(matrices) if any(matrices) else None
         with self.bounds.device:
-            ragged = RaggedRows(segments, self.embedding_dim, _row_format(self.specs, self.config), widths, owner)
+            ragged = RaggedRows(segments, self.embedding_dim, resolved_format(self.specs, self.config), widths, owner)
         if not self.bounds.is_meta:
             ragged = ragged.to(self.bounds.device)
             places = zip(first, segments, strict=True)
             ragged.take_(served, [torch.arange(f, f + rows, device=self.bounds.device) for f, rows in places])
-        bounds = _padded([[part.stop for part in own[:-1]] for own in layout], self._most, _NOWHERE)
+        bounds = padded([[part.stop for part in own[:-1]] for own in layout], self._most, _NOWHERE)
         numbers = [sum(len(own) for own in layout[:table]) for table in range(self.num_tables)]
         del self.bounds, self.widths
         for name, values in (("bounds", bounds), ("_first", numbers), ("_starts", starts)):
@@ -334,26 +317,14 @@ class NestedTables(EmbeddingTables):
         self.rows = ragged
         return super().finalize_()
 
-    def memory(self) -> MemoryReport:
-        report = super().memory()
-        if self.is_final:
-            return report
-        rows, matrices = table_bytes(self._layout, self.specs, self.config)
-        own = {"rows": dict(zip(self.names, rows, strict=True))}
-        if self.projection is not None:
-            own["projection"] = dict(zip(self.names, matrices, strict=True))
-        parts = [
-            replace(part, serve_bytes=own[part.name][part.table] if part.name in own else 0) for part in report.parts
-        ]
-        return MemoryReport(tuple(parts), report.full_bytes)
+    def served_bytes(self) -> tuple[list[int], list[int], int]:
+        return *table_bytes(self._layout, self.specs, self.config), 0
 
     # ---- life -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        self.rows.reset_parameters([spec.init_std for spec in self.specs], self.generator())
-        if self.projection is not None:
-            self.projection.reset_parameters(self.generator("projection"))
+        super().reset_parameters()
         weight = self.rows.weight
         if not isinstance(weight, Tensor) or weight.is_meta:
             return
@@ -366,11 +337,7 @@ class NestedTables(EmbeddingTables):
 
     def fit(self, weights: Sequence[Tensor], counts: Sequence[Tensor]) -> None:
         for table, (start, weight, count) in enumerate(zip(self.rows.starts(), weights, counts, strict=True)):
-            if self.projection is not None:
-                axes = principal_axes(weight, count)
-                self.projection.weight[table].copy_(axes.T)
-                weight = weight @ axes
-            self.rows.write_(start, weight)
+            self.rows.write_(start, self.rotated(table, weight, count))
 
     # ---- sizes ------------------------------------------------------------------------------------------------------
 
@@ -391,17 +358,13 @@ class NestedTables(EmbeddingTables):
             parts = [Part(wider, level + 1)] if wider else []
             if wider < spec.num_embeddings:
                 parts.append(Part(spec.num_embeddings, level))
-            layout[spec.name] = " ".join(f"{part.stop}<{part.width}" for part in [*parts, *_oov(spec, config)])
+            layout[spec.name] = " ".join(f"{part.stop}<{part.width}" for part in [*parts, *oov_part(spec, config)])
         return replace(config, layout={spec.name: layout[spec.name] for spec in specs})
 
     @classmethod
     def complete(cls, specs: Sequence[TableSpec], config: NestedConfig, known: Knowledge) -> NestedConfig:
         whole = sum(spec.num_embeddings for spec in specs) * specs[0].embedding_dim
         return cls.resize(specs, config, whole, known)
-
-    @classmethod
-    def within(cls, config: NestedConfig, allowed: int) -> NestedConfig:
-        return replace(config, limit_bytes=allowed) if config.limit_bytes is None else config
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
@@ -417,89 +380,3 @@ class NestedTables(EmbeddingTables):
                     f"[0, {self.embedding_dim}]"
                 )
         return found
-
-
-def parse_layout(name: str, text: str) -> list[Part]:
-    """Read ``"100<16 6040<4"``.
-
-    Raises:
-        ConfigError: if it can't be read.
-    """
-    matches = [_PART.fullmatch(word) for word in text.split()]
-    parts = [Part(int(match[1]), int(match[2])) for match in matches if match]
-    if not parts or None in matches or any(a.stop >= b.stop for a, b in pairwise(parts)):
-        raise ConfigError(f"layout of table {name!r}: {text!r}: write 'stop<width', with rising stops")
-    return parts
-
-
-def layout_bytes(layout: Sequence[Sequence[Part]], specs: Sequence[TableSpec], config: NestedConfig) -> int:
-    """Serve bytes of a layout."""
-    return sum(map(sum, table_bytes(layout, specs, config)))
-
-
-def table_bytes(
-    layout: Sequence[Sequence[Part]], specs: Sequence[TableSpec], config: NestedConfig
-) -> tuple[list[int], list[int]]:
-    """Serve bytes of each table's rows, and of its matrix."""
-    segments, _, owner = _segments(layout)
-    widths, matrices = served_form(layout, specs, config)
-    dim = specs[0].embedding_dim
-    sizes = ragged_bytes(segments, dim, _row_format(specs, config), widths, owner)
-    rows = [sum(s for s, own in zip(sizes, owner, strict=True) if own == table) for table in range(len(layout))]
-    return rows, [4 * width * dim for width in matrices]
-
-
-def served_form(
-    layout: Sequence[Sequence[Part]], specs: Sequence[TableSpec], config: NestedConfig
-) -> tuple[list[int], list[int]]:
-    """Widths of all parts as they are stored, and rows of each table's matrix."""
-    segments, widths, owner = _segments(layout)
-    if config.projection == "none":
-        return widths, [0] * len(layout)
-    return fold(segments, widths, owner, specs[0].embedding_dim, _row_format(specs, config))
-
-
-def _segments(layout: Sequence[Sequence[Part]]) -> tuple[list[int], list[int], list[int]]:
-    """Rows, widths and tables of all parts, one behind another."""
-    rows = [part.stop - first for own in layout for first, part in zip([0, *(p.stop for p in own)], own, strict=False)]
-    widths = [part.width for own in layout for part in own]
-    return rows, widths, [table for table, own in enumerate(layout) for _ in own]
-
-
-def _split(layout: list[list[Part]], table: int, tier: int, stop: int, width: int) -> list[list[Part]]:
-    """The same layout, with a part's ids below ``stop`` at another width."""
-    part = layout[table][tier]
-    parts = [Part(stop, width), *([part] if stop < part.stop else [])]
-    return [*layout[:table], [*layout[table][:tier], *parts, *layout[table][tier + 1 :]], *layout[table + 1 :]]
-
-
-class _Stops(list[int]):
-    """Stops of a table's tiers, and whether its ids are known to be numbered by falling frequency."""
-
-    ordered = False
-
-
-def _tiers(spec: TableSpec, config: NestedConfig, counts: Tensor | None) -> _Stops:
-    """Where the frequency tiers of a table end: equal steps in the logarithm of the count."""
-    stops = _Stops([spec.num_embeddings])
-    if counts is None or bool((counts[1:] > counts[:-1]).any()):
-        return stops
-    stops.ordered = True
-    top, bottom = float(counts[0]), max(float(counts[counts > 0][-1]) if bool((counts > 0).any()) else 1.0, 1.0)
-    cuts = [top * (bottom / top) ** (i / config.tiers) for i in range(1, config.tiers)] if top > 0 else []
-    inner = sorted({int((counts >= cut).sum()) for cut in cuts} - {0, spec.num_embeddings})
-    stops[:] = [*inner, spec.num_embeddings]
-    return stops
-
-
-def _oov(spec: TableSpec, config: NestedConfig) -> list[Part]:
-    """The row of unseen ids, which keeps its full width."""
-    return [Part(spec.num_embeddings + 1, spec.embedding_dim)] if config.unseen == "oov_row" else []
-
-
-def _padded(rows: Sequence[Sequence[int]], length: int, value: int = 0) -> list[list[int]]:
-    return [[*row, *(value for _ in range(length - len(row)))] for row in rows]
-
-
-def _row_format(specs: Sequence[TableSpec], config: NestedConfig) -> RowFormat:
-    return RowFormat.parse(config.rows).resolve(specs[0].embedding_dim)

@@ -5,8 +5,8 @@ import torch
 
 from embcomp import ConfigError, FrequencyCutConfig, Knowledge, TableSpec, build_tables, make_config, plan
 from embcomp.hashing import hash_seed, hash_to_range
+from embcomp.storage.bitmap import build_bitmap, look_up_bitmap, popcount
 from embcomp.strategies._frequency_sizes import kept_by_count
-from embcomp.strategies._remap import build_remap, look_up_remap, popcount
 
 MOVIELENS = {"user": 6040, "gender": 2, "movie": 3706, "occupation": 21, "zip": 3439}
 
@@ -115,9 +115,9 @@ def test_popcount_counts():
 
 @pytest.mark.parametrize("kept", [[0], [63], [64], [0, 63, 64, 127], list(range(200)), list(range(1, 200, 3))])
 def test_remap_counts_kept_ids(kept: list[int]):
-    bits, ranks = build_remap(torch.tensor(kept), 200)
+    bits, ranks = build_bitmap(torch.tensor(kept), 200)
     ids = torch.arange(200)
-    found, rank = look_up_remap(bits, ranks, ids, ids >> 6)
+    found, rank = look_up_bitmap(bits, ranks, ids, ids >> 6)
     assert ids[found].tolist() == kept
     assert rank[found].tolist() == list(range(len(kept)))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from embcomp import BudgetError, ConfigError, NestedConfig, TableSpec, build_tables, load_tables, plan, save_pretrained
-from embcomp.strategies.nested import layout_bytes, parse_layout
+from embcomp.strategies._layouts import layout_bytes, parse_layout
 from embcomp.training import Phases
 
 SPECS = [TableSpec("user", 300, 8, init_std=1.0), TableSpec("item", 40, 8, init_std=1.0), TableSpec("flag", 3, 8)]

@@ -58,7 +58,7 @@ class Case:
             dims=dict(zip(names, widths or self.widths, strict=True)),
             remapped={name: not all(part[:n]) for name, part, n in zip(names, flags, numbers, strict=True)},
         )
-        rows, remap, matrices = form_bytes(self.specs, config)
+        rows, matrices, remap = form_bytes(self.specs, config)
         return sum(rows) + remap + sum(matrices)
 
     def density(self, table, row):
