@@ -202,6 +202,9 @@ class Phases:
             checkpoint: JSON file that every round is saved to, whole, and that a later call goes on from.
             report: called with rounds done, rounds at most, and the best value, after every round.
 
+        Returns:
+            What the search came to; of several groups, the last one's, whose value is that of all together.
+
         Raises:
             ConfigError: if the phase is no search.
             InputError: if an evaluation is no finite number.

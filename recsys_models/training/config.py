@@ -29,8 +29,8 @@ class TrainingConfig:
             row stores, not scales, projections or the network. It is added to the gradient after clipping.
         batch_size: rows per step.
         eval_batch_size: rows at once in evaluations.
-        epochs: at most so many.
-        max_steps: at most so many steps; None for no limit.
+        epochs: at most so many, in each phase of training.
+        max_steps: at most so many steps, in each phase; None for no limit.
         float_epochs: epochs in which rows stay float32 before they are rounded to what will be served; low-bit rows
             train better so. Evaluations before that neither count as best nor against ``patience``.
         eval_steps: evaluate after every so many steps; None for after every epoch.

@@ -5,15 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
-from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
 
 from embcomp import OptEmbedConfig
 from embcomp.errors import InputError
 from recsys_models.metrics import evaluate
 from recsys_models.training import Callback, TrainingConfig, fit
-from recsys_models.training.validation import ValidationSearch, _auc
+from recsys_models.training.validation import ValidationSearch
 from tests.recsys_models.tiny import SIZES, tiny_log, tiny_model
 
 CONFIG = TrainingConfig(
@@ -154,13 +151,6 @@ def test_killed_again_and_again_gives_the_same_bit_for_bit(tmp_path, monkeypatch
     again = model_of(**VARIANTS["bilevel"])
     assert timeless(fit(again, DATA, CONFIG, checkpoint_dir=tmp_path, resume=True)) == result
     assert_same(state(again), weights)
-
-
-@given(st.lists(st.tuples(st.integers(0, 1), st.integers(-3, 3)), min_size=2, max_size=40))
-def test_the_auc_of_candidates_is_that_of_scikit_learn_ties_included(rows):
-    labels, logits = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
-    assume(0 < labels.sum() < len(labels))
-    assert _auc(logits[labels == 1], logits[labels == 0]) == pytest.approx(roc_auc_score(labels, logits), abs=1e-12)
 
 
 def test_starting_anew_forgets_an_interrupted_search(tmp_path, monkeypatch):
