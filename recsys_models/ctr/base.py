@@ -119,4 +119,13 @@ class FactorModel(CTRModel):
         """First-order weights float32 ``(B, F + P)`` and factors float32 ``(B, F + P, D)``."""
         if self.dense_factors is not None and dense is not None:
             vectors = torch.cat([vectors, self.dense_factors(dense)], dim=1)
-        return vectors[..., 0], vectors[..., 1:]
+        return split_first_order(vectors)
+
+
+def split_first_order(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Take ``(B, F, D + 1)`` apart into weights ``(B, F)`` and factors ``(B, F, D)``.
+
+    Two slices would have gradients as wide as ``vectors`` each, mostly zeros; a split has one.
+    """
+    weights, factors = vectors.split([1, vectors.shape[-1] - 1], dim=-1)
+    return weights.squeeze(-1), factors

@@ -16,7 +16,7 @@ STRUCTURES = ("stacked", "parallel")
 
 
 class DCNv2(CTRModel):
-    """Cross layers of full rank and an MLP, one after the other or side by side; the low-rank mixture is not here.
+    """Cross layers and an MLP, one after the other or side by side; of the low-rank mixture, a single expert.
 
     Args:
         tables: of width D.
@@ -24,6 +24,7 @@ class DCNv2(CTRModel):
         structure: ``"stacked"``: the MLP works on the crossed features; ``"parallel"``: on the input, and the last
             layer sees both.
         num_cross_layers: number of cross layers.
+        cross_rank: rank of their matrices; None for full.
         hidden_units: widths of the MLP's hidden layers; none for cross layers alone.
         activation: of the hidden layers.
         dropout: of the hidden layers.
@@ -39,6 +40,7 @@ class DCNv2(CTRModel):
         num_dense: int = 0,
         structure: str = "stacked",
         num_cross_layers: int = 3,
+        cross_rank: int | None = None,
         hidden_units: Sequence[int] = (400, 400, 400),
         activation: str = "relu",
         dropout: float = 0.0,
@@ -49,7 +51,7 @@ class DCNv2(CTRModel):
             raise ConfigError(f"DCNv2(structure={structure!r}): {did_you_mean(structure, STRUCTURES)}")
         width = self.num_fields * self.embedding_dim + num_dense
         self.is_parallel = structure == "parallel" and len(hidden_units) > 0
-        self.cross = CrossNet(width, num_cross_layers)
+        self.cross = CrossNet(width, num_cross_layers, cross_rank)
         self.mlp = MLP(width, hidden_units, None, activation, dropout, batch_norm)
         self.last = linear(self.mlp.out_features + (width if self.is_parallel else 0), 1)
 

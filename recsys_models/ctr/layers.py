@@ -84,21 +84,29 @@ class MLP(nn.Sequential):
 
 
 class CrossNet(nn.Module):
-    """Full-rank cross layers of DCN-V2 (arXiv 2008.13535): ``x_{l+1} = x_0 * (W_l x_l + b_l) + x_l``.
+    """Cross layers of DCN-V2 (arXiv 2008.13535): ``x_{l+1} = x_0 * (W_l x_l + b_l) + x_l``.
 
     Args:
         width: of input and output.
         num_layers: how many.
+        rank: of the matrices, ``W_l = U_l V_l``; None for full.
 
     Raises:
-        ConfigError: if there is no layer.
+        ConfigError: if there is no layer, or the rank is below 1 or above ``width``.
     """
 
-    def __init__(self, width: int, num_layers: int) -> None:
+    def __init__(self, width: int, num_layers: int, rank: int | None = None) -> None:
         super().__init__()
         if num_layers < 1:
             raise ConfigError(f"num_cross_layers={num_layers!r} must be at least 1")
-        self.layers = nn.ModuleList(linear(width, width) for _ in range(num_layers))
+        if rank is not None and not 1 <= rank <= width:
+            raise ConfigError(f"cross_rank={rank!r} must be 1 to {width}, the width of the input, or None")
+        self.layers = nn.ModuleList(
+            linear(width, width)
+            if rank is None
+            else nn.Sequential(linear(width, rank, bias=False), linear(rank, width))
+            for _ in range(num_layers)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Cross ``(B, width)`` to ``(B, width)``."""

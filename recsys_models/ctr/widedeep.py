@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from embcomp import EmbeddingTables
-from recsys_models.ctr.base import CTRModel
+from recsys_models.ctr.base import CTRModel, split_first_order
 from recsys_models.ctr.layers import MLP, linear
 
 
@@ -41,7 +41,8 @@ class WideDeep(CTRModel):
         self.dense_weights = linear(num_dense, 1, bias=False) if num_dense else None
 
     def _logits(self, vectors: Tensor, dense: Tensor | None) -> Tensor:
-        wide, deep = vectors[..., 0].sum(-1), vectors[..., 1:].flatten(1)
+        weights, factors = split_first_order(vectors)
+        wide, deep = weights.sum(-1), factors.flatten(1)
         if self.dense_weights is not None and dense is not None:
             wide = wide + self.dense_weights(dense).squeeze(-1)
             deep = torch.cat([deep, dense], dim=1)

@@ -102,7 +102,9 @@ def reference_widedeep(model, row, dense):
 def crossed(model, x0):
     x = x0
     for layer in model.cross.layers:
-        mixed = affine(layer, x)
+        mixed = x
+        for matrix in layer if isinstance(layer, torch.nn.Sequential) else [layer]:
+            mixed = affine(matrix, mixed)
         x = [x0[i] * mixed[i] + x[i] for i in range(len(x0))]
     return x
 
@@ -142,6 +144,7 @@ CASES = [
     ("widedeep", {}, reference_widedeep),
     ("dcnv2", {"structure": "stacked", "num_cross_layers": 2}, reference_stacked),
     ("dcnv2", {"structure": "parallel", "num_cross_layers": 3}, reference_parallel),
+    ("dcnv2", {"structure": "stacked", "num_cross_layers": 2, "cross_rank": 2}, reference_stacked),
     ("dcnv2", {"structure": "parallel", "num_cross_layers": 2, "hidden_units": ()}, reference_crossnet),
     ("dlrm", {"interaction": "dot", "bottom_units": (6,)}, lambda *a: reference_dlrm(*a, "dot")),
     ("dlrm", {"interaction": "cat", "bottom_units": (6,)}, lambda *a: reference_dlrm(*a, "cat")),
@@ -282,6 +285,8 @@ def test_mlp_layers_and_initial_weights():
         ("deepfm", {"hidden_units": (4, 0)}, "at least one unit"),
         ("dcnv2", {"structure": "paralel"}, "did you mean 'parallel'"),
         ("dcnv2", {"num_cross_layers": 0}, "num_cross_layers=0"),
+        ("dcnv2", {"cross_rank": 0}, "cross_rank=0 must be 1 to 8"),
+        ("dcnv2", {"cross_rank": 9}, "cross_rank=9 must be 1 to 8"),
         ("dlrm", {"interaction": "dots"}, "did you mean 'dot'"),
         ("dlrm", {"num_dense": -1}, "num_dense=-1"),
     ],
