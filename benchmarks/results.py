@@ -91,7 +91,8 @@ class CellResult:
         tables: the strategy's config with all sizes filled in; empty where planning failed.
         metrics: name -> ``{"value": float | None, "higher_is_better": bool}``; None where it is undefined.
         sizes: bytes.
-        training: epochs, steps, seconds, ``samples_per_second``, and the history of evaluations.
+        training: epochs, steps, seconds, ``samples_per_second``, phases, and the history of evaluations. A phase that
+            is ``shared`` was done by a cell of another budget: its seconds are in that cell's ``wall_seconds`` alone.
         lookup: batch size -> ``p50_microseconds``, ``p99_microseconds`` and ``calls`` of the finalized tables.
         error: ``type``, ``message`` and ``traceback``; None for successes.
         schema_version: of this format.

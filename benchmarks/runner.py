@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import functools
 import logging
+import shutil
+import tempfile
 import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 ELSEWHERE = "elsewhere"
 """Status of a cell that another process is running: it has no result yet."""
+
+_MOST_SHARED = 8
+"""Cells whose phases are kept for others: as many seeds as run between two budgets, mostly."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,8 @@ def _measure(cell: Cell, notes: _Notes) -> None:
     optimizer = training.embedding_optimizer or training.optimizer
     notes.sizes["train_bytes"] = tables.memory().train_bytes(optimizer)
     model = build_model(config["model"]["name"], tables, len(data.dense_names), **_options(config["model"]))
-    trained = fit(model, data, training)
+    trained = fit(model, data, training, shared_dir=_shared_folder() / f"{cell.series}-{cell.seed}")
+    _forget_old_phases()
     notes.training = _about_training(trained)
     tables.finalize_()
     notes.tables = {**config_to_dict(tables.config), "mean_widths_by_decile": _widths_by_decile(tables)}
@@ -153,6 +162,20 @@ def _measure(cell: Cell, notes: _Notes) -> None:
     _check_budget(notes.sizes)
     ids = data.test.batches(len(data.test), device=next(iter(tables.state_dict().values())).device)
     notes.lookup = lookup_latency(tables, next(iter(ids)).ids)
+
+
+@functools.lru_cache(maxsize=1)
+def _shared_folder() -> Path:
+    """Where cells of this process leave the phases that are the same for every budget; gone when it ends."""
+    folder = tempfile.TemporaryDirectory(prefix="embcomp-phases-", ignore_cleanup_errors=True)
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+def _forget_old_phases() -> None:
+    left = sorted(_shared_folder().iterdir(), key=lambda path: path.stat().st_mtime)
+    for path in left[:-_MOST_SHARED]:
+        shutil.rmtree(path)
 
 
 def _widths_by_decile(tables: EmbeddingTables) -> dict[str, list[float]]:
@@ -240,6 +263,7 @@ def _about_training(trained: TrainingResult) -> dict[str, Any]:
                 "stopped": phase.stopped,
                 "candidate": phase.candidate,
                 "num_evaluated": phase.num_evaluated,
+                "shared": phase.shared,
             }
             for phase in trained.phases
         ],

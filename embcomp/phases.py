@@ -29,6 +29,8 @@ class Phase:
         distill: weight of the divergence of the other passes' predictions from those of the first.
         epochs: at most so many; None for as many as the loop is told.
         patience: evaluations without improvement after which the phase stops; None for as the loop is told.
+        any_budget: whether it is the same for every budget, so that of a sweep over budgets one run can do it for all.
+            `Phases.weights` is then all that the phases after it need of it.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Phase:
     distill: float = 0.0
     epochs: int | None = None
     patience: int | None = None
+    any_budget: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -122,7 +122,7 @@ class MagnitudeTables(EmbeddingTables):
 
     def phases(self) -> tuple[Phase, ...]:
         epochs = self.config.finetune_epochs
-        return (Phase("train"), Phase("finetune", epochs=epochs)) if epochs else PLAIN
+        return (Phase("train", any_budget=True), Phase("finetune", epochs=epochs)) if epochs else PLAIN
 
     def enter_phase_(self, phase: Phase) -> None:
         if isinstance(self.rows, PrunedRows):

@@ -245,6 +245,7 @@ class OptEmbedTables(PrunedTables):
             bilevel=config.bilevel and config.prune_rows,
             epochs=config.supernet_epochs,
             patience=config.supernet_patience,
+            any_budget=config.score != "taylor",  # whose scores are no weights
         )
         search = (Phase("search", kind="search"),) if config.search_dims else ()
         return (supernet, *search, Phase("retrain", penalty=False, rewind=config.retrain_from == "initial"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class Phases:
         self._optimizer: torch.optim.Optimizer | None = None
         self._searches: dict[int, Search] = {}
         self._found: list[SearchResult] = []
-        self.initial = self._weights() if any(phase.rewind for phase in self.phases) else {}
+        self.initial = self._first_weights() if any(phase.rewind for phase in self.phases) else {}
 
     def __iter__(self) -> Iterator[Phase]:
         return iter(self.phases)
@@ -76,7 +76,7 @@ class Phases:
         self.phase = phase
         self._searches, self._found = {}, []
         if phase.rewind:
-            self._rewind()
+            self.load_weights_(self.initial)
         for name, parameters in self._own.items():
             for p in parameters:
                 p.requires_grad_(name in phase.trains and not phase.is_search)
@@ -116,6 +116,19 @@ class Phases:
         self.initial = dict(state["initial"])
         if self._optimizer is not None and state["architecture"] is not None:
             self._optimizer.load_state_dict(state["architecture"])
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's parameters and buffers by name, but for tables' buffers, which hold what was chosen."""
+        buffers = {id(b) for tables in self.groups for b in tables.buffers()}
+        state = self.model.state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in state.items() if id(tensor) not in buffers}
+
+    @torch.no_grad()
+    def load_weights_(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over what `weights` gave, or some of it."""
+        own = self.model.state_dict(keep_vars=True)
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)
 
     # ---- steps ------------------------------------------------------------------------------------------------------
 
@@ -231,18 +244,10 @@ class Phases:
     def _concerned(self, phase: Phase) -> list[EmbeddingTables]:
         return [tables for tables in self.groups if phase in tables.phases()]
 
-    def _weights(self) -> dict[str, Tensor]:
-        """What a rewind restores: all but architecture parameters and tables' buffers, which hold what was chosen."""
+    def _first_weights(self) -> dict[str, Tensor]:
+        """What a rewind restores: all weights but architecture parameters."""
         chosen = {id(p) for p in self._own["architecture"]}
-        buffers = {id(b) for tables in self.groups for b in tables.buffers()}
-        state = self.model.state_dict(keep_vars=True)
-        return {n: t.detach().clone() for n, t in state.items() if id(t) not in chosen and id(t) not in buffers}
-
-    @torch.no_grad()
-    def _rewind(self) -> None:
-        state = self.model.state_dict(keep_vars=True)
-        for name, tensor in self.initial.items():
-            state[name].copy_(tensor)
+        return {name: tensor.detach().clone() for name, tensor in self.weights().items() if id(tensor) not in chosen}
 
 
 def _checkpoints(checkpoint: str | Path | None, number: int) -> list[Path | None]:

@@ -23,6 +23,7 @@ from recsys_models.training.checks import check_data, device_named
 from recsys_models.training.config import TrainingConfig
 from recsys_models.training.result import Callback, PhaseResult, TrainingResult
 from recsys_models.training.run import Run
+from recsys_models.training.shared import SharedPhases
 from recsys_models.training.validation import ValidationSearch
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ def fit(
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
+    shared_dir: str | Path | None = None,
 ) -> TrainingResult:
     """Train a click model in place, on binary cross-entropy plus the tables' penalty.
 
@@ -60,6 +62,9 @@ def fit(
         checkpoint_dir: where to write a checkpoint after every evaluation; None for nowhere.
         resume: go on from the checkpoint in ``checkpoint_dir``, or from the beginning where there is none.
         callbacks: called in order.
+        shared_dir: folder for runs whose options differ in nothing but the budget of the tables: the first phases, as
+            far as they are the same for every budget, are done by one run, and the others begin where they end. The
+            result is the same, bit for bit. None to do every phase.
 
     Raises:
         ConfigError: if config, model and data do not go together.
@@ -75,7 +80,7 @@ def fit(
     path = None if checkpoint_dir is None else Path(checkpoint_dir) / checkpoint.FILE_NAME
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        training = _Training(model.to(device), data, config, device, path, callbacks)
+        training = _Training(model.to(device), data, config, device, path, callbacks, shared_dir)
         try:
             return training.run(resume)
         finally:
@@ -93,10 +98,15 @@ class _Training:
         device: torch.device,
         path: Path | None,
         callbacks: Sequence[Callback],
+        shared_dir: str | Path | None,
     ) -> None:
         self.model, self.data, self.config, self.device = model, data, config, device
         self.path, self.callbacks = path, callbacks
         self.identity = self._identity()
+        self.shared = None
+        if shared_dir is not None:
+            common = {name: value for name, value in self.identity.items() if name != "tables"}
+            self.shared = SharedPhases(Path(shared_dir), {**common, "limits": _limits(config)})
         self.phases = Phases(model)
         self.done: list[PhaseResult] = []
         self.current: Run | None = None
@@ -114,10 +124,21 @@ class _Training:
                 self._load(*saved)
             for callback in self.callbacks:
                 callback.on_phase_start(self.model, phase)
-            self.done.append(self._search(phase, saved) if phase.is_search else self._train(phase, saved))
+            self.done.append(self._run(phase, saved))
             self.phases.leave_(phase)
             saved = None
         return self._result()
+
+    def _run(self, phase: Phase, saved: tuple[dict[str, Tensor], dict[str, Any]] | None) -> PhaseResult:
+        if phase.is_search:
+            return self._search(phase, saved)
+        if self.shared is None or not phase.any_budget:
+            return self._train(phase, saved)
+        result = None if saved is not None else self.shared.take_(self.phases, self.device)
+        if result is None:
+            result = self._train(phase, saved)
+            self.shared.write(self.phases, self.device, result)
+        return result
 
     def _train(self, phase: Phase, saved: tuple[dict[str, Tensor], dict[str, Any]] | None) -> PhaseResult:
         config = _config_of(self.config, phase)
@@ -222,6 +243,11 @@ class _Training:
         self.phases.load_state_dict(checkpoint.unpack(info["phases"], tensors))
         checkpoint.set_random_state(checkpoint.without_prefix("random.", tensors), self.device)
         logger.info("resumed %s in phase %s", self.path, self.phases.phase.name)
+
+
+def _limits(config: TrainingConfig) -> dict[str, Any]:
+    """What may change when a run goes on, but not between runs that share a phase."""
+    return {"epochs": config.epochs, "max_steps": config.max_steps, "patience": config.patience}
 
 
 def _config_of(config: TrainingConfig, phase: Phase) -> TrainingConfig:

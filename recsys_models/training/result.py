@@ -54,6 +54,7 @@ class PhaseResult:
         history: all evaluations.
         candidate: what a search chose; None for training.
         num_evaluated: candidates that a search evaluated.
+        shared: whether another run did it, of the same options but for the budget.
     """
 
     name: str
@@ -66,6 +67,7 @@ class PhaseResult:
     history: tuple[Evaluation, ...]
     candidate: tuple[int, ...] | None = None
     num_evaluated: int = 0
+    shared: bool = False
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PhaseResult:

@@ -224,3 +224,27 @@ def test_lookups_are_timed_even_on_fewer_rows_than_a_batch():
     found = lookup_latency(tables, torch.zeros(3, 1, dtype=torch.int64), (1, 8), seconds=0.01)
     assert set(found) == {"1", "8"}
     assert found["8"]["calls"] >= 1
+
+
+def test_cells_that_differ_in_the_budget_share_phases_and_come_to_the_same(tmp_path, monkeypatch):
+    magnitude = ("-m", "strategy=magnitude", "strategy.finetune_epochs=1", "seed=1,2")
+    for name, budgets in (("alone", "25%"), ("together", "50%,25%")):
+        monkeypatch.setattr(runner, "_shared_folder", lambda name=name: tmp_path / f"{name}-phases")
+        assert run_sweep(tmp_path / name, *magnitude, f"budget={budgets}") == 0
+    alone, together = (
+        {(r.budget, r.seed): r for r in results_in(tmp_path / name).values()} for name in ("alone", "together")
+    )
+    shared = {cell: [phase["shared"] for phase in result.training["phases"]] for cell, result in together.items()}
+    assert shared == {(b, s): [b == "25%", False] for b in ("50%", "25%") for s in (1, 2)}
+    assert not any(phase["shared"] for result in alone.values() for phase in result.training["phases"])
+    for cell, result in alone.items():
+        assert result.metrics == together[cell].metrics
+        assert result.tables == together[cell].tables
+
+
+def test_only_the_latest_shared_phases_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "_shared_folder", lambda: tmp_path / "phases")
+    monkeypatch.setattr(runner, "_MOST_SHARED", 2)
+    sweep = ("-m", "strategy=magnitude", "strategy.finetune_epochs=1", "budget=50%", "seed=1,2,3")
+    assert run_sweep(tmp_path, *sweep) == 0
+    assert sorted(path.name[-2:] for path in (tmp_path / "phases").iterdir()) == ["-2", "-3"]

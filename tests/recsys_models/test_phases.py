@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from embcomp import OptEmbedConfig
-from embcomp.errors import InputError
+from embcomp import MagnitudeConfig, OptEmbedConfig
+from embcomp.errors import IncompatibleStateError, InputError
 from recsys_models.metrics import evaluate
 from recsys_models.training import Callback, TrainingConfig, fit
 from recsys_models.training.validation import ValidationSearch
@@ -167,6 +167,51 @@ def test_starting_anew_forgets_an_interrupted_search(tmp_path, monkeypatch):
     model = model_of()
     assert timeless(fit(model, DATA, CONFIG, checkpoint_dir=tmp_path)) == result
     assert_same(state(model), weights)
+
+
+# ---- shared between budgets ------------------------------------------------------------------------------------------
+
+SHARING = {
+    **{name: OptEmbedConfig(**SEARCH, **options) for name, options in VARIANTS.items() if name != "bilevel"},
+    "magnitude, int8": MagnitudeConfig(finetune_epochs=1, rows="int8"),
+    "magnitude": MagnitudeConfig(finetune_epochs=1),
+}
+
+
+def shared_model(strategy, budget, seed=7):
+    torch.manual_seed(seed)
+    return tiny_model(DATA, "deepfm", strategy, budget, dim=6, init_std=0.1, dropout=0.2, batch_norm=True)
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_a_phase_that_is_the_same_for_every_budget_is_done_once(name, tmp_path):
+    first = fit(shared_model(SHARING[name], "60%"), DATA, CONFIG, shared_dir=tmp_path)
+    assert [phase.shared for phase in first.phases] == [False] * len(first.phases)
+    for budget in ("30%", "100%"):
+        alone, model = (shared_model(SHARING[name], budget) for _ in range(2))
+        wanted = timeless(fit(alone, DATA, CONFIG))
+        phases, found = [], []
+        callback = Callback()
+        callback.on_phase_start = lambda model, phase, phases=phases: phases.append(phase.name)
+        callback.on_step_end = lambda model, step, found=found, phases=phases: found.append(phases[-1])
+        result = timeless(fit(model, DATA, CONFIG, callbacks=[callback], shared_dir=tmp_path))
+        assert result.phases[0].shared
+        assert result.phases[0].name not in found
+        unshared = tuple(dataclasses.replace(phase, shared=False) for phase in result.phases)
+        assert dataclasses.replace(result, phases=unshared) == wanted
+        assert_same(state(model), state(alone))
+        assert model.tables.config == alone.tables.config
+
+
+def test_phases_of_other_options_are_not_shared(tmp_path):
+    fit(model_of(), DATA, CONFIG, shared_dir=tmp_path)
+    for changed in ({"seed": 3}, {"epochs": 1}, {"learning_rate": 0.01}):
+        assert not fit(model_of(), DATA, config(**changed), shared_dir=tmp_path).phases[0].shared
+    result = fit(model_of(score="taylor"), DATA, CONFIG, shared_dir=tmp_path)
+    assert not any(phase.shared for phase in result.phases)
+    (tmp_path / "supernet.safetensors").write_bytes(b"cut short")
+    with pytest.raises(IncompatibleStateError, match=r"supernet\.safetensors is no readable checkpoint"):
+        fit(model_of(), DATA, CONFIG, shared_dir=tmp_path)
 
 
 # ---- what comes out ------------------------------------------------------------------------------------------------
