@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -71,6 +72,19 @@ def html_report(
     )
 
 
+def write_pictures(sections: Sequence[Section], folder: Path) -> None:
+    """Write the pictures of what was kept, one SVG file per series.
+
+    Raises:
+        ResultError: if one can't be written.
+    """
+    for section in sections:
+        for label, picture in section.kept.items():
+            parts = (section.names["experiment"], section.names["data"], section.names["model"], label)
+            name = re.sub(r"[^\w.+-]+", "_", "-".join(parts))
+            write_whole(folder / f"{name}.svg", str(picture))
+
+
 def environments(results: Sequence[CellResult]) -> list[tuple[dict[str, Any], int]]:
     """The different environments that cells ran in, and how many ran in each, most first."""
     texts: dict[str, tuple[dict[str, Any], int]] = {}
@@ -100,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("results", type=Path, nargs="?", default=Path("results"), help="results_dir of sweeps")
     parser.add_argument("-o", "--output", type=Path, help="the page; default: RESULTS/report.html")
     parser.add_argument("--markdown", type=Path, help="also write the tables as Markdown; - for the terminal")
+    parser.add_argument("--pictures", type=Path, help="folder to also write the pictures of what was kept to, as SVG")
     parser.add_argument("--metric", choices=list(METRICS), default="test_auc", help="by which fronts are drawn")
     given = parser.parse_args(arguments)
     path = given.output or given.results / "report.html"
@@ -107,6 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sections, skipped = write_report(given.results, path, given.metric)
         if given.markdown and str(given.markdown) != "-":
             write_whole(given.markdown, markdown_report(sections, given.metric))
+        if given.pictures:
+            write_pictures(sections, given.pictures)
     except ResultError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

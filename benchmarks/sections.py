@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from benchmarks.figures import quality_plot, styles_of
 from benchmarks.frames import Choice, cell_frame, choices, groups_of, point_frame
+from benchmarks.kept import kept_picture, kept_widths
 from benchmarks.overrides import options_of
 from benchmarks.results import FAILED, INFEASIBLE, CellResult
 
@@ -29,6 +30,7 @@ class Section:
         command: that runs all of it again.
         rows: sizes of the data set, for people.
         figure: the plot as HTML; empty where there is nothing to plot.
+        kept: label -> picture of what was kept as SVG, of the series that chose it.
     """
 
     title: str
@@ -40,6 +42,7 @@ class Section:
     command: str
     rows: str
     figure: Markup
+    kept: dict[str, Markup]
 
     @property
     def failed(self) -> pd.DataFrame:
@@ -70,10 +73,21 @@ def build_sections(results: Sequence[CellResult], metric: str = "test_auc") -> l
         chosen = choices(points, metric) if len(points) else []
         sizes = next((r.dataset for r in results if r.dataset.get("content_hash") == names["data_hash"]), {})
         title = f"{names['data']}, {names['model']}"
+        kept = _kept(group, results)
         sections.append(
-            Section(title, f"group{number}", names, group, points, chosen, _command(names), _sizes(sizes), figure)
+            Section(title, f"group{number}", names, group, points, chosen, _command(names), _sizes(sizes), figure, kept)
         )
     return sections
+
+
+def _kept(cells: pd.DataFrame, results: Sequence[CellResult]) -> dict[str, Markup]:
+    found = {}
+    for label, same in cells.groupby("label", sort=True):
+        own = [result for result in results if result.cell in set(same.cell)]
+        if kept := kept_widths(own):
+            whole = (own[0].sizes.float32_bytes or 0) // (4 * own[0].dataset["num_ids"])
+            found[str(label)] = Markup(kept_picture(kept, whole))
+    return found
 
 
 def _command(names: dict[str, str]) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import shutil
 import subprocess
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from benchmarks import bench
 from benchmarks.errors import ResultError
 from benchmarks.frames import cell_frame, choices, pareto_front, point_frame, read_results
+from benchmarks.kept import kept_widths
 from benchmarks.report import main
 from tests.benchmarks.small import made_result, write_results
 
@@ -155,6 +157,34 @@ def test_the_page_escapes_what_it_shows_and_loads_nothing(tmp_path, results):
     assert "src=" not in own
     assert "http" not in own.replace("http://www.w3.org", "")
     assert page.count("plotly.js v") <= 2
+
+
+def test_what_was_kept_is_drawn_by_field_and_tenth(tmp_path, results, capsys):
+    widths = {"1": {"item<": [4.0, 2.0], "user": [1.0] * 10}, "2": {"item<": [3.0, 0.5], "user": [1.0] * 10}}
+    told = [
+        dataclasses.replace(result, tables={"mean_widths_by_decile": widths[str(result.seed)]})
+        if result.label == "a" and result.seed < 3
+        else result
+        for result in results
+    ]
+    assert kept_widths([r for r in told if r.label == "a"]) == {
+        budget: {"item<": [3.5, 1.25], "user": [1.0] * 10} for budget in ("10%", "1%")
+    }
+    write_results(tmp_path, told)
+    main([str(tmp_path), "--pictures", str(tmp_path / "pictures")])
+    (picture,) = (tmp_path / "pictures").iterdir()
+    assert picture.name == "made-synthetic-fm-a.svg"
+    root = ElementTree.fromstring(picture.read_text())
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert [texts.count(text) for text in ("item<", "user", "10%", "1%", "3.5", "1.2", "1")] == [1, 1, 1, 1, 2, 2, 20]
+    assert "a whole row has 5" in texts[-1]
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}rect"))) == 1 + 2 * 12
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("What was kept") == 1
+    assert "item&lt;" in page
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path), "--pictures", str(tmp_path / "report.html")])
+    assert "can't be written" in capsys.readouterr().err
 
 
 def test_markdown_has_the_table(tmp_path, results, capsys):
