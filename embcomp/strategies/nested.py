@@ -242,23 +242,51 @@ class NestedTables(CutTables):
         return layout_bytes(self._layout_of(candidate), self.specs, self.config)
 
     def _between(self, candidate: Candidate) -> list[list[Part]]:
-        """The form of a candidate, its last step undone for as many frequent ids as the budget allows."""
+        """The form of a candidate, with what steps took given back, the latest first, as far as the budget allows.
+
+        The last step is undone for as many frequent ids as fit, where ids are numbered by frequency; steps before it
+        for all ids or none.
+        """
         layout = self._layout_of(candidate)
         assert self._cutting is not None
-        place = self._cutting.path.index(candidate)
-        limit = self._cutting.limit
-        if not place or limit is None:
+        path, limit = self._cutting.path, self._cutting.limit
+        if limit is None:
             return layout
-        before = self._cutting.path[place - 1]
-        gene = next(g for g, (old, new) in enumerate(zip(before, candidate, strict=True)) if old != new)
-        table, tier = self._gene(gene)
+        divided: set[int] = set()
+        for place in range(path.index(candidate), 0, -1):
+            changed = zip(path[place - 1], path[place], strict=True)
+            gene, before = next((gene, old) for gene, (old, new) in enumerate(changed) if old != new)
+            table, tier = self._gene(gene)
+            if table in divided:
+                continue
+            if self._ordered[table] and not divided:
+                layout = self._with_frequent(layout, table, tier, before, limit)
+                divided.add(table)
+            else:
+                layout = self._with_all(layout, table, tier, before, limit)
+        return layout
+
+    def _with_all(self, layout: list[list[Part]], table: int, tier: int, most: int, limit: int) -> list[list[Part]]:
+        """The layout with a part at the largest width up to ``most`` that fits."""
+        part = layout[table][tier]
+        for width in reversed(self._ladder):
+            if part.width < width <= most:
+                wider = split_part(layout, table, tier, part.stop, width)
+                if layout_bytes(wider, self.specs, self.config) <= limit:
+                    return wider
+        return layout
+
+    def _with_frequent(
+        self, layout: list[list[Part]], table: int, tier: int, width: int, limit: int
+    ) -> list[list[Part]]:
+        """The layout with as many of a part's first ids at ``width`` as fit."""
         first, part = (layout[table][tier - 1].stop if tier else 0), layout[table][tier]
-        low, high = 0, part.stop - first if self._ordered[table] else 0
+        low, high = 0, part.stop - first
         while low < high:
             middle = (low + high + 1) // 2
-            fits = layout_bytes(split_part(layout, table, tier, first + middle, before[gene]), self.specs, self.config)
+            fits = layout_bytes(split_part(layout, table, tier, first + middle, width), self.specs, self.config)
             low, high = (middle, high) if fits <= limit else (low, middle - 1)
-        return split_part(layout, table, tier, first + low, before[gene]) if low else layout
+        return split_part(layout, table, tier, first + low, width) if low else layout
 
     def _gene(self, gene: int) -> tuple[int, int]:
         for table, tiers in enumerate(self._tiers):

@@ -120,12 +120,20 @@ def test_the_budget_is_used_to_within_a_row_where_ids_are_ordered(budget, rows):
     torch.testing.assert_close(final(ids()), tables.eval()(ids()))
 
 
-def test_tables_of_unordered_ids_are_cut_as_a_whole():
+@pytest.mark.parametrize("budget", ["70%", "30%", "12%", "5%", "2%"])
+@pytest.mark.parametrize("worth", [(1.0, 1.0, 1.0), (0.01, 1.0, 1.0), (1.0, 0.0, 0.0)])
+def test_tables_of_unordered_ids_are_cut_as_a_whole_and_nothing_more_would_fit(budget, worth):
     generator = torch.Generator().manual_seed(1)
     counts = {name: count[torch.randperm(len(count), generator=generator)] for name, count in COUNTS.items()}
-    tables = cut(build("30%", counts=counts))
-    assert all(len(text.split()) == 1 for text in tables.config.layout.values())
-    assert tables.memory().serve_bytes <= tables.config.limit_bytes
+    tables = cut(build(budget, counts=counts), worth)
+    layout = [parse_layout(name, text) for name, text in tables.config.layout.items()]
+    assert all(len(own) == 1 for own in layout)
+    assert layout_bytes(layout, SPECS, tables.config) == tables.memory().serve_bytes <= tables.config.limit_bytes
+    for table, (part,) in enumerate(layout):
+        if part.width < 8:
+            next_width = {0: 1, 1: 2, 2: 4, 4: 8}[part.width]
+            wider = [*layout[:table], [part._replace(width=next_width)], *layout[table + 1 :]]
+            assert layout_bytes(wider, SPECS, tables.config) > tables.config.limit_bytes
 
 
 def test_what_matters_most_keeps_its_width():
