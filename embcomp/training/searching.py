@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from embcomp.errors import IncompatibleStateError, InputError
@@ -133,6 +133,7 @@ def _checked(values: Any, candidates: Sequence[Candidate]) -> list[float]:
             f"evaluate_many returned {len(values)} values for the {len(candidates)} candidates from {candidates[0]} to "
             f"{candidates[-1]}: return a number for each of the copies of the batch that it is told of"
         )
+    values = [value.item() if isinstance(value, Tensor) and value.numel() == 1 else value for value in values]
     for value, candidate in zip(values, candidates, strict=True):
         if type(value) is bool or not isinstance(value, Real) or not math.isfinite(value):
             raise InputError(

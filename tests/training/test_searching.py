@@ -1,5 +1,6 @@
 """Searches through `Phases.search_`: what is evaluated, evaluations that go wrong, and batch norms of the finalists."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,7 +49,16 @@ def test_many_at_once_are_at_most_as_many_as_said_and_finalists_are_compared_by_
 
 # ---- evaluations that go wrong -------------------------------------------------------------------------------------
 
-BAD = [float("nan"), float("inf"), -float("inf"), "0.5", None, True, [0.5], torch.tensor(0.5), 1j]
+BAD = [float("nan"), float("inf"), -float("inf"), "0.5", None, True, [0.5], torch.ones(2), 1j]
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, lambda value: torch.tensor([value]), np.float32])
+def test_values_may_be_tensors_of_one_number(kind):
+    def evaluate_with(kind):
+        phases = entered()
+        return phases.search_(lambda: kind(phases.model.value()))
+
+    assert evaluate_with(kind) == evaluate_with(lambda value: float(np.float32(value)))
 
 
 @pytest.mark.parametrize("bad", BAD, ids=repr)
