@@ -25,7 +25,7 @@ class Phase:
         bilevel: whether architecture parameters learn from validation batches, in turn with the others' steps on
             training batches.
         passes: names of the lookup modes that every step runs the model in, one after the other on the same batch; the
-            loss is the mean over them. Empty for one plain pass.
+            loss is the mean over them. Empty for one plain pass. Statistics of batch norms follow the first.
         distill: weight of the divergence of the other passes' predictions from those of the first.
         epochs: at most so many; None for as many as the loop is told.
         patience: evaluations without improvement after which the phase stops; None for as the loop is told.

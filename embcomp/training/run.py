@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from embcomp.errors import ConfigError
 from embcomp.phases import PLAIN, Phase
 from embcomp.sites import find_groups
 from embcomp.tables import EmbeddingTables
+from embcomp.training.batch_norms import unmoved
 from embcomp.training.search import Search
 from embcomp.training.searching import Evaluate, EvaluateMany, Report, SearchLoop, SearchResult
 
@@ -154,7 +156,9 @@ class Phases:
         for name in passes:
             for tables in self.groups:
                 tables.set_pass_(name)
-            logits = predict()
+            # Statistics of batch norms are those of the first pass, in whose form the model is evaluated.
+            with contextlib.nullcontext() if teacher is None else unmoved(self.model):
+                logits = predict()
             losses.append(loss(logits))
             if teacher is None:
                 teacher = logits.detach()
@@ -209,7 +213,8 @@ class Phases:
             evaluate_many: ``(P) -> P values`` for P candidates at once, for a model that is called with ids
                 ``(P·B, …)`` that are P copies of each batch; may look at fewer rows, the same ones for all. None to
                 call ``evaluate`` for each.
-            recalibrate: runs the model on training batches; for finalists batch-norm statistics are taken from that.
+            recalibrate: runs the model on training batches; for finalists, and for what is adopted, batch-norm
+                statistics are taken from that.
             at_once: P, at most.
             num_finalists: candidates that are compared by ``evaluate``, once ``evaluate_many`` has found them.
             checkpoint: JSON file that every round is saved to, whole, and that a later call goes on from.

@@ -6,18 +6,17 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from embcomp.errors import IncompatibleStateError, InputError
 from embcomp.tables import EmbeddingTables
+from embcomp.training.batch_norms import recalibrate_, recalibrated
 from embcomp.training.search import Candidate, Search
 
 Evaluate = Callable[[], float]
@@ -64,6 +63,8 @@ class SearchLoop:
                 self.report(*search.progress, max(search.known.values()))
         chosen, value = self._best(tables, search)
         tables.adopt_(chosen)
+        if self.recalibrate is not None:  # what is adopted may be served as it is
+            recalibrate_(self.model, self.recalibrate)
         return SearchResult(chosen, value, len(search.known))
 
     def _values(self, tables: EmbeddingTables, candidates: Sequence[Candidate]) -> list[float]:
@@ -88,39 +89,6 @@ class SearchLoop:
                 values.update(zip([candidate], _checked([self.evaluate()], [candidate]), strict=True))
         chosen = max(values, key=lambda candidate: values[candidate])
         return chosen, values[chosen]
-
-
-@contextlib.contextmanager
-def recalibrated(model: nn.Module, run: Callable[[], None]) -> Iterator[None]:
-    """Batch norms with statistics of the model as it is now, not of all the forms it had while it was trained.
-
-    Args:
-        model: in evaluation mode inside; afterwards as it was, statistics included.
-        run: runs the model on some training batches.
-    """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    kept = [(norm, norm.momentum, {name: b.clone() for name, b in norm.named_buffers()}) for norm in norms]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the mean over all batches
-            norm.train()
-        if norms:
-            with torch.no_grad():
-                run()
-        for norm in norms:
-            norm.eval()
-        yield
-    finally:
-        for norm, momentum, buffers in kept:
-            norm.momentum = momentum
-            for name, buffer in norm.named_buffers():
-                buffer.copy_(buffers[name])
-        for module, mode in modes:  # parents come first, so that parts of another mode have the last word
-            if module.training != mode:
-                module.train(mode)
 
 
 def _checked(values: Any, candidates: Sequence[Candidate]) -> list[float]:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from embcomp import MagnitudeConfig, OptEmbedConfig
+from embcomp import MagnitudeConfig, NestedConfig, OptEmbedConfig
 from embcomp.errors import IncompatibleStateError, InputError
+from embcomp.training.batch_norms import recalibrate_
 from recsys_models.metrics import evaluate
 from recsys_models.training import Callback, TrainingConfig, fit
 from recsys_models.training.validation import ValidationSearch
@@ -319,9 +320,21 @@ def test_bug_stale_batch_norm_statistics_finalists_are_recalibrated_on_training_
     monkeypatch.setattr(ValidationSearch, "recalibrate", noting)
     model = model_of()
     fit(model, DATA, CONFIG)
-    assert [batches for batches, _ in seen] == [10] * 5  # all of the epoch, being fewer than twenty
-    assert len({tuple(mean.tolist()) for _, mean in seen}) == 5
+    assert [batches for batches, _ in seen] == [10] * 6  # all of the epoch, being fewer than twenty
+    assert len({tuple(mean.tolist()) for _, mean in seen}) == 5  # the last is of what was adopted, one of the five
     assert_same(state(model), whole("plain")[1])
+
+
+def test_bug_stale_batch_norm_statistics_what_is_served_without_retraining_has_its_own():
+    model = shared_model(NestedConfig(), "30%")
+    fit(model, DATA, CONFIG)
+    model.tables.finalize_()
+    served = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
+    assert len(served) == 4
+    recalibrate_(model, ValidationSearch(model, DATA, CONFIG, torch.device("cpu")).recalibrate)
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            torch.testing.assert_close(buffer, served[name])
 
 
 def test_a_validation_split_is_needed_and_one_of_a_single_class_needs_another_metric():
