@@ -165,31 +165,6 @@ class RowBudget:
         return self._costs[width]
 
 
-class Shrinker:
-    """Brings widths within a budget at which all rows that the supernet keeps can stay.
-
-    Args:
-        budget: of the group.
-        reject: say None of candidates that don't fit, instead of narrowing fields until they do.
-    """
-
-    def __init__(self, budget: RowBudget, reject: bool = False) -> None:
-        self.budget, self.reject = budget, reject
-
-    def __call__(self, candidate: Candidate, random: np.random.Generator) -> Candidate | None:
-        widths = list(candidate)
-        while max(widths) > 1 and not self._fits(tuple(widths)):
-            if self.reject:
-                return None
-            wide = [field for field, width in enumerate(widths) if width > 1]
-            field = wide[int(random.integers(len(wide)))]
-            widths[field] = int(random.integers(1, widths[field]))
-        return tuple(widths)
-
-    def _fits(self, widths: Candidate) -> bool:
-        return self.budget.bytes_of(widths, self.budget.num_wanted) <= self.budget.config.limit_bytes
-
-
 def _density_of(level: int) -> float:
     """The float64 at a place in the order of all of them; the ends stand for infinities."""
     size = float(np.int64(level if level >= 0 else -level - 1).view(np.float64))

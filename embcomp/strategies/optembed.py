@@ -15,13 +15,13 @@ from embcomp.phases import Phase
 from embcomp.specs import Knowledge, TableSpec
 from embcomp.strategies._candidates import first_block, owners
 from embcomp.strategies._pruned import PrunedConfig, PrunedTables, form_bytes
-from embcomp.strategies._row_budget import RowBudget, Shrinker
+from embcomp.strategies._row_budget import RowBudget
+from embcomp.strategies._width_repair import CONSTRAINTS, WidthRepair
 from embcomp.training.evolution import Evolution
 from embcomp.training.search import Candidate, Search
 
 SAMPLINGS = ("log_uniform", "uniform")
 SCORES = ("auto", "norm", "norm_frequency", "frequency", "taylor")
-CONSTRAINTS = ("prune", "shrink", "reject")
 STARTS = ("initial", "supernet")
 TINY = 1e-30
 _LARGEST = 3
@@ -49,7 +49,7 @@ class OptEmbedConfig(PrunedConfig):
             ``"norm_frequency"`` where counts are given, else ``"norm"``.
         constraint: how candidates are brought within a budget: ``"prune"``: rows of the lowest score per byte go;
             ``"shrink"``: randomly chosen fields get narrower; ``"reject"``: they are drawn anew, and rows are pruned
-            where no draw fits.
+            where no draw fits. Candidates that leave some of the budget are widened until they use it up.
         generations: of the search.
         mutations: candidates by mutation, per generation.
         crossovers: candidates by crossover, per generation.
@@ -290,9 +290,8 @@ class OptEmbedTables(PrunedTables):
     def make_search(self) -> Search:
         budget = self._row_budget()
         dim, config = self.embedding_dim, self.config
-        repair = None
-        if config.limit_bytes is not None and (config.constraint != "prune" or not config.prune_rows):
-            repair = Shrinker(budget, reject=config.constraint == "reject")
+        constraint = "shrink" if config.constraint == "prune" and not config.prune_rows else config.constraint
+        repair = None if config.limit_bytes is None else WidthRepair(budget, constraint)
         return Evolution(
             [1] * self.num_tables,
             [dim] * self.num_tables,

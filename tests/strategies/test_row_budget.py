@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from embcomp import TableSpec
 from embcomp.strategies._pruned import PrunedConfig, form_bytes
-from embcomp.strategies._row_budget import RowBudget, Shrinker
+from embcomp.strategies._row_budget import RowBudget
+from embcomp.strategies._width_repair import CONSTRAINTS, WidthRepair
 
 DIM = 16
 ROW_BYTES = {"float32": lambda w: 4 * w, "int8": lambda w: w, "int4:row": lambda w: w / 2 + 4}
@@ -162,12 +163,34 @@ def test_shrunk_widths_fit_with_all_wanted_rows_or_are_all_ones(case, seed):
     wanted, limit = [[score > 0 for score in part] for part in case.scores], case.config.limit_bytes
     fits = case.budget.bytes_of(case.widths, [sum(part) for part in wanted]) <= limit
     ones = (1,) * len(case.widths)
-    found = Shrinker(case.budget)(case.widths, np.random.default_rng(seed))
-    assert all(1 <= width <= before for width, before in zip(found, case.widths, strict=True))
+    found = WidthRepair(case.budget, "shrink")(case.widths, np.random.default_rng(seed))
     assert found == ones or case.bytes_of(wanted, found) <= limit
-    assert not fits or found == case.widths
-    rejected = Shrinker(case.budget, reject=True)(case.widths, np.random.default_rng(seed))
-    assert rejected == (case.widths if fits or case.widths == ones else None)
+    assert not fits or all(before <= width <= DIM for width, before in zip(found, case.widths, strict=True))
+    rejected = WidthRepair(case.budget, "reject")(case.widths, np.random.default_rng(seed))
+    assert rejected == (found if fits or case.widths == ones else None)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    case=cases(300, projections=("none", "linear")),
+    seed=st.integers(0, 2**32 - 1),
+    constraint=st.sampled_from(CONSTRAINTS),
+)
+def test_widths_that_leave_some_of_the_budget_get_wider_until_it_is_used_up(case, seed, constraint):
+    found = WidthRepair(case.budget, constraint)(case.widths, np.random.default_rng(seed))
+    whole, limit = [[True] * size for size in case.sizes], case.config.limit_bytes
+    had_room = case.bytes_of(whole) <= limit
+    if found is None or not had_room:
+        assert constraint != "prune" or found == case.widths
+        return
+    assert all(before <= width <= DIM for width, before in zip(found, case.widths, strict=True))
+    takes = case.bytes_of(whole, found)
+    if constraint == "prune":  # rows go then, as many as it takes
+        assert takes > limit or found == (DIM,) * len(found)
+    else:
+        assert takes <= limit
+        wider = [(*found[:f], w + 1, *found[f + 1 :]) for f, w in enumerate(found) if w < DIM]
+        assert not wider or any(case.bytes_of(whole, more) > limit for more in wider)
 
 
 def test_equal_rows_go_in_the_order_of_tables_and_ids():
