@@ -83,7 +83,8 @@ def build_sections(results: Sequence[CellResult], metric: str = "test_auc") -> l
 def _kept(cells: pd.DataFrame, results: Sequence[CellResult]) -> dict[str, Markup]:
     found = {}
     for label, same in cells.groupby("label", sort=True):
-        own = [result for result in results if result.cell in set(same.cell)]
+        names = set(zip(same.experiment, same.cell, strict=True))
+        own = [result for result in results if (result.experiment, result.cell) in names]
         if kept := kept_widths(own):
             whole = (own[0].sizes.float32_bytes or 0) // (4 * own[0].dataset["num_ids"])
             found[str(label)] = Markup(kept_picture(kept, whole))

@@ -244,7 +244,7 @@ class NestedTables(CutTables):
     def _between(self, candidate: Candidate) -> list[list[Part]]:
         """The form of a candidate, with what steps took given back, the latest first, as far as the budget allows.
 
-        The last step is undone for as many frequent ids as fit, where ids are numbered by frequency; steps before it
+        The latest step of a table whose ids are numbered by frequency is undone for as many of them as fit; the others
         for all ids or none.
         """
         layout = self._layout_of(candidate)
@@ -252,17 +252,15 @@ class NestedTables(CutTables):
         path, limit = self._cutting.path, self._cutting.limit
         if limit is None:
             return layout
-        divided: set[int] = set()
+        divided: int | None = None
         for place in range(path.index(candidate), 0, -1):
             changed = zip(path[place - 1], path[place], strict=True)
             gene, before = next((gene, old) for gene, (old, new) in enumerate(changed) if old != new)
             table, tier = self._gene(gene)
-            if table in divided:
-                continue
-            if self._ordered[table] and not divided:
+            if divided is None and self._ordered[table]:
                 layout = self._with_frequent(layout, table, tier, before, limit)
-                divided.add(table)
-            else:
+                divided = table
+            elif table != divided:
                 layout = self._with_all(layout, table, tier, before, limit)
         return layout
 
