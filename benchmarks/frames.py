@@ -20,7 +20,8 @@ GROUP = ["experiment", "data", "model", "data_hash"]
 
 _AVERAGED = (
     *METRICS,
-    *("samples_per_second", "train_bytes", "peak_memory_bytes", "model_bytes", "file_bytes", "wall_seconds"),
+    *("sparsity", "model_bytes", "file_bytes", "samples_per_second", "wall_seconds"),
+    *("train_bytes", "peak_memory_bytes"),
     *(f"lookup_{size}_{p}" for size in (1, 4096) for p in ("p50", "p99")),
 )
 
@@ -194,6 +195,7 @@ def _row(result: CellResult) -> dict[str, Any]:
         "commit": result.environment.get("git_commit") or "",
         "dirty": bool(result.environment.get("git_dirty")),
         "wall_seconds": result.wall_seconds,
+        "sparsity": result.tables.get("sparsity", math.nan),
         "samples_per_second": result.training.get("samples_per_second", math.nan),
         **{name: math.nan if value is None else value for name, value in sizes.items()},
         **{name: math.nan if (value := result.metric(name)) is None else value for name in METRICS},

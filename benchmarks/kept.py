@@ -19,13 +19,19 @@ _LIGHT, _DARK = np.array([247, 249, 252]), np.array([33, 72, 148])
 def kept_widths(results: Sequence[CellResult]) -> dict[str, Widths]:
     """Budget -> widths, means over seeds, largest budget first; of one series, of which some cells may say nothing."""
     found: dict[str, list[Widths]] = {}
-    told = [result for result in results if result.status == SUCCESS and result.tables.get("mean_widths_by_decile")]
+    told = [result for result in results if result.status == SUCCESS and _differ(result)]
     for result in sorted(told, key=lambda result: -(result.sizes.budget_bytes or 0)):
         found.setdefault(result.budget or "no budget", []).append(result.tables["mean_widths_by_decile"])
     return {
         budget: {name: np.mean([widths[name] for widths in same], axis=0).tolist() for name in same[0]}
         for budget, same in found.items()
     }
+
+
+def _differ(result: CellResult) -> bool:
+    """Whether some ids have more values than others."""
+    widths: Widths = result.tables.get("mean_widths_by_decile") or {}
+    return len({value for own in widths.values() for value in own}) > 1
 
 
 def kept_picture(kept: Mapping[str, Widths], num_values: int) -> str:

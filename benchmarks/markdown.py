@@ -23,7 +23,7 @@ def _section(section: Section, metric: str) -> str:
     lines += [f"Made by `{section.command}`."] if section.command else [f"Experiment `{names['experiment']}`."]
     lines += ["Means ± standard deviations over seeds; ★ marks the Pareto front of bytes and quality.", ""]
     if len(section.points):
-        head = ["", "strategy", "budget", "bytes served", "of float32", METRICS[metric].title, "to float32"]
+        head = ["", "strategy", "budget", "bytes served", "of float32", "sparsity", METRICS[metric].title, "to float32"]
         rows = [_row(row, metric) for _, row in section.points.iterrows()]
         lines += [*_table([*head, "test log loss", "seeds"], rows), ""]
     if len(infeasible := section.infeasible):
@@ -43,6 +43,7 @@ def _row(row: pd.Series, metric: str) -> list[str]:
         row.budget if isinstance(row.budget, str) else "none",
         f"{row.bytes:,}",
         f"{row.share:.2%}",
+        "" if math.isnan(row.sparsity) else f"{row.sparsity:.1%}",
         with_std(row, metric),
         "" if math.isnan(row.gap) else f"{row.gap:+.4f}",
         with_std(row, "test_log_loss"),

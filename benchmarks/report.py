@@ -56,7 +56,7 @@ def html_report(
         metric: by which fronts are drawn and choices made.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"bytes": format_bytes, "number": number, "signed": signed}
+    environment.filters |= {"bytes": format_bytes, "number": number, "signed": signed, "percent": percent}
     template = environment.from_string(_resource("report.html.j2"))
     return template.render(
         sections=sections,
@@ -97,6 +97,11 @@ def environments(results: Sequence[CellResult]) -> list[tuple[dict[str, Any], in
 def number(value: float, digits: int = 0) -> str:
     """A number for people, ``–`` where there is none."""
     return "–" if pd.isna(value) else f"{value:,.{digits}f}"
+
+
+def percent(share: float) -> str:
+    """A share for people, ``–`` where there is none."""
+    return "–" if pd.isna(share) else f"{share:.1%}".replace("%", " %")
 
 
 def signed(value: float, digits: int = 4) -> str:

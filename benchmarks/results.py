@@ -88,7 +88,10 @@ class CellResult:
         wall_seconds: from there to the end.
         environment: versions, git commit, machine.
         dataset: name, hash and sizes of the data; empty where loading failed.
-        tables: the strategy's config with all sizes filled in; empty where planning failed.
+        tables: the strategy's config with all sizes filled in; empty where planning failed. After training also
+            ``mean_widths_by_decile``, table -> mean number of values of the ids of each tenth, the most frequent first,
+            and ``sparsity``, the share of the V × D values of plain tables that are not stored; both only where ids
+            have values for themselves.
         metrics: name -> ``{"value": float | None, "higher_is_better": bool}``; None where it is undefined.
         sizes: bytes.
         training: epochs, steps, seconds, ``samples_per_second``, phases, and the history of evaluations. A phase that

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.cells import Cell
 from benchmarks.errors import ResultError
@@ -152,7 +153,10 @@ def _measure(cell: Cell, notes: _Notes) -> None:
     _forget_old_phases()
     notes.training = _about_training(trained)
     tables.finalize_()
-    notes.tables = {**config_to_dict(tables.config), "mean_widths_by_decile": _widths_by_decile(tables)}
+    widths = {name: own for name in tables.names if (own := tables.widths_of(name)) is not None}
+    notes.tables = config_to_dict(tables.config) | {"mean_widths_by_decile": _by_decile(widths)}
+    if len(widths) == len(tables.names):
+        notes.tables["sparsity"] = _sparsity(tables, widths)
     notes.metrics = _quality(model, data, trained)
     notes.sizes |= {
         "served_bytes": state_bytes(tables),
@@ -178,15 +182,18 @@ def _forget_old_phases() -> None:
         shutil.rmtree(path)
 
 
-def _widths_by_decile(tables: EmbeddingTables) -> dict[str, list[float]]:
-    """Table -> mean number of values that ids of each tenth have, the most frequent first, where that was a choice."""
-    found = {}
-    for name in tables.names:
-        widths = tables.widths_of(name)
-        if widths is not None:
-            parts = widths.float().tensor_split(10)
-            found[name] = [round(float(part.mean()), 3) for part in parts if len(part)]
-    return found
+def _by_decile(widths: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Table -> mean number of values that ids of each tenth have, the most frequent first."""
+    return {
+        name: [round(float(part.mean()), 3) for part in own.float().tensor_split(10) if len(part)]
+        for name, own in widths.items()
+    }
+
+
+def _sparsity(tables: EmbeddingTables, widths: Mapping[str, Tensor]) -> float:
+    """Share of the V × D values of plain tables that are not stored; of integers as of floats."""
+    stored = sum(int(own.sum()) for own in widths.values())
+    return 1 - stored / (tables.embedding_dim * sum(spec.num_embeddings for spec in tables.specs))
 
 
 def _strategy(cell: Cell) -> StrategyConfig:

@@ -111,6 +111,15 @@ class MixedTables(EmbeddingTables):
             return self._lookup_chosen(ids - start, part, local)
         return self._lookup_masked(ids - start, part, local, by_column=table is None)
 
+    def widths_of(self, table: int | str) -> Tensor | None:
+        index, found = self.index_of(table), []
+        for part, own in zip(self.parts, self._by_part, strict=True):
+            for number, (owner, start, _) in enumerate(own):
+                if owner == index:
+                    found.append((start, part.widths_of(number)))
+        widths = [own for _, own in sorted(found, key=lambda piece: piece[0]) if own is not None]
+        return torch.cat(widths)[: self.specs[index].num_embeddings] if len(widths) == len(found) else None
+
     def reset_parameters(self) -> None:
         for part in self.parts:
             part.reset_parameters()

@@ -183,7 +183,7 @@ class EmbeddingTables(nn.Module):
         self.pareto()
 
     def widths_of(self, table: int | str) -> Tensor | None:
-        """Values that are stored for each id, int64 ``(V,)``, 0 for none of its own; None where that is no choice."""
+        """Values that are stored for each id alone, int64 ``(V,)``, 0 to D; None where ids share what is stored."""
         return None
 
     # ---- lookups ----------------------------------------------------------------------------------------------------

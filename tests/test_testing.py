@@ -107,6 +107,11 @@ class ServesOtherVectors(FullTables):
         return super().lookup(ids, table) * (1.001 if self.is_final else 1.0)
 
 
+class ForgetsWidths(FullTables):
+    def widths_of(self, table):
+        return super().widths_of(table) // (2 if self.is_final else 1)
+
+
 class LooksAtTheIds(FullTables):
     def lookup(self, ids, table):
         vectors = super().lookup(ids, table)
@@ -146,6 +151,7 @@ MUTANTS = {
     KeepsDataInNoFile: "config",
     FitsNothing: "reconstruction",
     ServesOtherVectors: "finalize",
+    ForgetsWidths: "widths",
     LooksAtTheIds: "compile",
     AllocatesEverything: "huge_tables",
     ShrinksAsItGrows: "size_knob",

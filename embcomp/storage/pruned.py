@@ -104,6 +104,11 @@ class PrunedRows(RowStore):
 
     # ---- life -------------------------------------------------------------------------------------------------------
 
+    def is_kept(self, rows: Tensor) -> Tensor:
+        """Which values of rows would be served if training ended now: bool ``(..., d)``."""
+        mask = self.mask if self.is_pruned else self._largest()
+        return packing.gather(mask, rows, self.dim, 1).bool()
+
     def prune_(self) -> None:
         """Settle which values are kept, by the rows as they are now; the second time it does nothing."""
         if not self.is_pruned:

@@ -94,19 +94,28 @@ class SparseRows(RowStore):
     def forward(self, rows: Tensor, segment: Segment = None) -> Tensor:
         if not self.num_values:
             return torch.zeros(*rows.shape, self.dim, device=rows.device)
-        if self.layout == "bitmap":
-            slot, (first, place, kept) = rows, self._runs_of_bits(rows)
-        elif self.layout == "csr":
-            slot, (first, place, kept) = rows, self._runs_of_pointers(rows, None)
-        else:
-            has_slot, slot = bitmap.look_up_bitmap(self.bits, self.ranks, rows, rows >> 6)
-            slot = slot.clamp_max(self.num_slots - 1)
-            first, place, kept = self._runs_of_pointers(slot, has_slot)
+        slot, first, place, kept = self._runs(rows)
         if not self.row_format.is_integer:
             vectors = self._pick(self.values, first, place).to(torch.float32)
         else:
             vectors = self._dequantized(self._codes(first, place), rows, slot, segment)
         return torch.where(kept, vectors, 0.0)
+
+    def is_kept(self, rows: Tensor) -> Tensor:
+        """Which values of rows are kept: bool ``(..., d)``."""
+        if not self.num_values:
+            return torch.zeros(*rows.shape, self.dim, dtype=torch.bool, device=rows.device)
+        return self._runs(rows)[-1]
+
+    def _runs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Slots of rows and where runs begin, ``(...)``; each column's place and whether it is kept, ``(..., d)``."""
+        if self.layout == "bitmap":
+            return rows, *self._runs_of_bits(rows)
+        if self.layout == "csr":
+            return rows, *self._runs_of_pointers(rows, None)
+        has_slot, slot = bitmap.look_up_bitmap(self.bits, self.ranks, rows, rows >> 6)
+        slot = slot.clamp_max(self.num_slots - 1)
+        return slot, *self._runs_of_pointers(slot, has_slot)
 
     def _runs_of_bits(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Where each row's run begins, ``(...)``; each column's place in it and whether it is kept, ``(..., d)``."""

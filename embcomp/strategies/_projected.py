@@ -76,6 +76,10 @@ class ProjectedTables(EmbeddingTables):
             return ids
         return hash_to_range(ids, self.pick(self._seeds, table), self.pick(self._ranges, table))
 
+    def widths_of(self, table: int | str) -> Tensor | None:
+        number = self.specs[self.index_of(table)].num_embeddings
+        return torch.full((number,), self.dim, device=self._starts.device) if self.config.share == 1 else None
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         generator = self.generator()

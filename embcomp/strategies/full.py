@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from embcomp.config import StrategyConfig, register_strategy
@@ -39,6 +40,10 @@ class FullTables(EmbeddingTables):
 
     def lookup(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
         return self.rows(ids + self.pick(self._starts, table), table)
+
+    def widths_of(self, table: int | str) -> Tensor:
+        number = self.specs[self.index_of(table)].num_embeddings
+        return torch.full((number,), self.embedding_dim, device=self._starts.device)
 
     def reset_parameters(self) -> None:
         self.rows.reset_parameters([spec.init_std for spec in self.specs], self.generator())

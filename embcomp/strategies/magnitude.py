@@ -15,6 +15,7 @@ from embcomp.phases import PLAIN, Phase
 from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import RowFormat, make_row_store
 from embcomp.storage.pruned import PrunedRows, make_pruned_store
+from embcomp.storage.sparse import SparseRows
 from embcomp.storage.sparse_sizes import (
     LAYOUTS,
     check_granularity,
@@ -101,6 +102,13 @@ class MagnitudeTables(EmbeddingTables):
 
     def lookup(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
         return self.rows(ids + self.pick(self._starts, table), table)
+
+    def widths_of(self, table: int | str) -> Tensor:
+        index = self.index_of(table)
+        ids = torch.arange(self.specs[index].num_embeddings, device=self._starts.device)
+        if isinstance(self.rows, PrunedRows | SparseRows):
+            return self.rows.is_kept(ids + self._starts[index]).sum(-1)
+        return torch.full_like(ids, self.embedding_dim)
 
     # ---- life -------------------------------------------------------------------------------------------------------
 

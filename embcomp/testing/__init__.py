@@ -34,6 +34,7 @@ from embcomp.testing.forms import (
     check_finalize,
     check_moves,
     check_state_dict,
+    check_widths,
 )
 from embcomp.testing.lookups import (
     check_bags,
@@ -88,6 +89,7 @@ CHECKS: tuple[Callable[[str | StrategyConfig], None], ...] = (
     check_reconstruction,
     check_huge_tables,
     check_finalize,
+    check_widths,
     check_state_dict,
     check_config,
     check_copies,

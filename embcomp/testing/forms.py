@@ -61,6 +61,27 @@ def _require_no_fit(final: EmbeddingTables) -> None:
     raise AssertionError("load_dense_ on the finalized form raises no IncompatibleStateError")
 
 
+def check_widths(strategy: Strategy) -> None:
+    """`widths_of` gives a number per id, 0 to D and the same in both forms, or None; a value takes a bit or more."""
+    tables = fitted(planned(strategy, make_specs())).eval()
+    final, total = tables.finalize(), 0
+    for spec in tables.specs:
+        widths, served = tables.widths_of(spec.name), final.widths_of(spec.name)
+        if widths is None or served is None:
+            require(widths is served, f"widths_of({spec.name!r}) is None in one form alone")
+            continue
+        shape = tuple(widths.shape)
+        require(
+            widths.dtype == torch.int64 and shape == (spec.num_embeddings,),
+            f"widths_of({spec.name!r}) is {widths.dtype} {shape}, not int64 ({spec.num_embeddings},)",
+        )
+        require(bool(((widths >= 0) & (widths <= spec.embedding_dim)).all()), f"widths of {spec.name!r} not in [0, D]")
+        require_same(served, widths, f"widths_of({spec.name!r}) after finalizing")
+        total += int(widths.sum())
+    held = 8 * tables.memory().serve_bytes
+    require(total <= held, f"widths_of tells of {total} values in {held} bits")
+
+
 def fitted(plan: Plan) -> EmbeddingTables:
     """Tables that are neither as initialised nor at rest: fitted to weights, then trained by a step."""
     return train_step(plan.build().load_dense_(make_weights(plan.specs)))

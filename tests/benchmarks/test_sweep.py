@@ -242,6 +242,20 @@ def test_cells_that_differ_in_the_budget_share_phases_and_come_to_the_same(tmp_p
         assert result.tables == together[cell].tables
 
 
+def test_sparsity_counts_the_values_that_are_stored(tmp_path):
+    sweep = ("-m", "strategy=full,reduced_dim,magnitude,hash", "strategy.rows=float32", "budget=50%", "seed=1")
+    assert run_sweep(tmp_path, *sweep, "without_budget=[full]") == 0
+    results = {result.strategy: result for result in results_in(tmp_path).values()}
+    full, magnitude, narrow = (results[name] for name in ("full", "magnitude", "reduced_dim"))
+    assert full.tables["sparsity"] == 0
+    values = magnitude.sizes.float32_bytes // 4
+    assert magnitude.tables["sparsity"] == pytest.approx(1 - magnitude.tables["num_values"] / values)
+    shares = narrow.tables["dim"] / 5, narrow.sizes.served_bytes / narrow.sizes.float32_bytes
+    assert 1 - shares[1] < narrow.tables["sparsity"] <= 1 - shares[0]  # matrices are no values of ids
+    assert "sparsity" not in results["hash"].tables
+    assert not results["hash"].tables["mean_widths_by_decile"]
+
+
 def test_only_the_latest_shared_phases_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "_shared_folder", lambda: tmp_path / "phases")
     monkeypatch.setattr(runner, "_MOST_SHARED", 2)

@@ -208,4 +208,5 @@ def test_widths_of_ids_are_those_of_the_layout():
     for form in (tables, tables.finalize()):
         assert form.widths_of("user").tolist() == [8] * 100 + [2] * 200
         assert form.widths_of(2).tolist() == [0] * 3
-    assert build_tables(SPECS, "full").widths_of("user") is None
+    assert build_tables(SPECS, "full").widths_of("flag").tolist() == [8] * 3
+    assert build_tables(SPECS, "hash", budget="50%").widths_of("user") is None
