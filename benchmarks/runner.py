@@ -228,7 +228,7 @@ def _quality(model: CTRModel, data: ClickLog, trained: TrainingResult) -> dict[s
             "test_log_loss": test.log_loss,
             "validation_auc": validation.auc,
             "validation_log_loss": validation.log_loss,
-            "trained_validation_auc": trained.validation.auc,
+            "trained_validation_auc": trained.best.metrics["auc"],
         }
     )
 

@@ -19,9 +19,9 @@ from recsys_models.ctr import DeepFM
 from recsys_models.data import Batches, ClickLog
 from recsys_models.metrics import evaluate
 from recsys_models.training import TrainingConfig
+from recsys_models.training.clicks import ClickTask
 from recsys_models.training.groups import make_optimizers
 from recsys_models.training.optimizers import clip_gradients
-from recsys_models.training.validation import ValidationSearch
 
 FULL = "full tables"
 SUPERNET = "optembed's supernet"
@@ -124,7 +124,7 @@ class Training:
         [phase] = [phase for phase in self.phases if phase.is_search]
         self.phases.leave_(self.phases.phase)
         self.phases.enter_(phase)
-        validation = ValidationSearch(self.model, self.data, RECIPE, torch.device("cpu"))
+        validation = ClickTask(self.data).search(self.model, RECIPE, torch.device("cpu"))
         return self.phases.search_(
             validation.evaluate, validation.evaluate_many, validation.recalibrate, at_once=RECIPE.search_at_once
         )

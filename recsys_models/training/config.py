@@ -9,9 +9,6 @@ from embcomp.errors import ConfigError
 from recsys_models.metrics import EVAL_BATCH_SIZE
 from recsys_models.training.optimizers import OPTIMIZERS
 
-MONITORS = {"auc": 1, "log_loss": -1}
-"""Metric -> sign under which higher is better."""
-
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -34,7 +31,7 @@ class TrainingConfig:
         float_epochs: epochs in which rows stay float32 before they are rounded to what will be served; low-bit rows
             train better so. Evaluations before that neither count as best nor against ``patience``.
         eval_steps: evaluate after every so many steps; None for after every epoch.
-        monitor: ``"auc"`` or ``"log_loss"``, of the validation split.
+        monitor: metric of the validation split: ``"auc"`` or ``"log_loss"`` of clicks; None for the task's first.
         min_delta: a smaller improvement is none.
         patience: evaluations in a row without improvement after which training stops; None for never.
         plateau_factor: what learning rates are multiplied by after an evaluation without improvement; 1 for never.
@@ -62,7 +59,7 @@ class TrainingConfig:
     max_steps: int | None = None
     float_epochs: int = 0
     eval_steps: int | None = None
-    monitor: str = "auc"
+    monitor: str | None = None
     min_delta: float = 1e-6
     patience: int | None = 2
     plateau_factor: float = 0.1
@@ -81,7 +78,6 @@ class TrainingConfig:
         check_choice(self, "optimizer", tuple(OPTIMIZERS))
         if self.embedding_optimizer is not None:
             check_choice(self, "embedding_optimizer", tuple(OPTIMIZERS))
-        check_choice(self, "monitor", tuple(MONITORS))
         for field in (
             "batch_size",
             "eval_batch_size",
@@ -106,8 +102,3 @@ class TrainingConfig:
             )
         if self.plateau_factor > 1:
             raise ConfigError(f"TrainingConfig(plateau_factor={self.plateau_factor!r}): must be at most 1")
-
-    @property
-    def sign(self) -> int:
-        """1 if the monitored metric is better when higher, else -1."""
-        return MONITORS[self.monitor]

@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from embcomp.errors import ConfigError, IncompatibleStateError
 from embcomp.training import Phase, Phases
-from recsys_models.ctr import CTRModel
 from recsys_models.data import ClickLog
 from recsys_models.training import checkpoint
-from recsys_models.training.checks import check_data, device_named
+from recsys_models.training.clicks import ClickTask
 from recsys_models.training.config import TrainingConfig
+from recsys_models.training.devices import device_named
 from recsys_models.training.result import Callback, PhaseResult, TrainingResult
 from recsys_models.training.run import Run
 from recsys_models.training.shared import SharedPhases
-from recsys_models.training.validation import ValidationSearch
+from recsys_models.training.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ SEARCH_FILE = "search.json"
 
 
 def fit(
-    model: CTRModel,
+    model: nn.Module,
     data: ClickLog,
     config: TrainingConfig | None = None,
     *,
@@ -75,12 +75,13 @@ def fit(
     config = config or TrainingConfig()
     if resume and checkpoint_dir is None:
         raise ConfigError("fit(resume=True) needs checkpoint_dir")
-    check_data(model, data, config)
+    task: Task = ClickTask(data)
+    task.check(model, task.monitored(config)[0])
     device = device_named(config.device)
     path = None if checkpoint_dir is None else Path(checkpoint_dir) / checkpoint.FILE_NAME
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        training = _Training(model.to(device), data, config, device, path, callbacks, shared_dir)
+        training = _Training(model.to(device), task, config, device, path, callbacks, shared_dir)
         try:
             return training.run(resume)
         finally:
@@ -92,22 +93,22 @@ class _Training:
 
     def __init__(
         self,
-        model: CTRModel,
-        data: ClickLog,
+        model: nn.Module,
+        task: Task,
         config: TrainingConfig,
         device: torch.device,
         path: Path | None,
         callbacks: Sequence[Callback],
         shared_dir: str | Path | None,
     ) -> None:
-        self.model, self.data, self.config, self.device = model, data, config, device
+        self.model, self.task, self.config, self.device = model, task, config, device
         self.path, self.callbacks = path, callbacks
+        self.phases = Phases(model)
         self.identity = self._identity()
         self.shared = None
         if shared_dir is not None:
             common = {name: value for name, value in self.identity.items() if name != "tables"}
             self.shared = SharedPhases(Path(shared_dir), {**common, "limits": _limits(config)})
-        self.phases = Phases(model)
         self.done: list[PhaseResult] = []
         self.current: Run | None = None
 
@@ -142,8 +143,8 @@ class _Training:
 
     def _train(self, phase: Phase, saved: tuple[dict[str, Tensor], dict[str, Any]] | None) -> PhaseResult:
         config = _config_of(self.config, phase)
-        name = self.data.name if len(self.phases.phases) == 1 else f"{self.data.name} {phase.name}"
-        run = Run(name, self.phases, self.model, self.data, config, self.device, self.callbacks, self._save)
+        name = self.task.name if len(self.phases.phases) == 1 else f"{self.task.name} {phase.name}"
+        run = Run(name, self.phases, self.model, self.task, config, self.device, self.callbacks, self._save)
         self.current = run
         if saved is not None:
             run.load(*saved)
@@ -157,25 +158,27 @@ class _Training:
         if saved is None:
             self._save()
         started = time.perf_counter()
-        validation = ValidationSearch(self.model, self.data, self.config, self.device)
+        candidates = self.task.search(self.model, self.config, self.device)
+        at_once = min(self.config.search_at_once, candidates.most_at_once or self.config.search_at_once)
+        monitor, sign = self.task.monitored(self.config)
         disable = None if self.config.progress else True
-        with tqdm(desc=f"{self.data.name} {phase.name}", unit="round", disable=disable) as bar:
+        with tqdm(desc=f"{self.task.name} {phase.name}", unit="round", disable=disable) as bar:
 
             def report(done: int, most: int, best: float) -> None:
                 bar.total, bar.n = most, done
-                bar.set_postfix_str(f"best {self.config.monitor} {self.config.sign * best:.5f}")
-                logger.info("%s: round %d of %d, best %.5f", self.data.name, done, most, self.config.sign * best)
+                bar.set_postfix_str(f"best {monitor} {sign * best:.5f}")
+                logger.info("%s: round %d of %d, best %.5f", self.task.name, done, most, sign * best)
 
             found = self.phases.search_(
-                validation.evaluate,
-                validation.evaluate_many,
-                validation.recalibrate,
-                at_once=self.config.search_at_once,
+                candidates.evaluate,
+                candidates.evaluate_many,
+                candidates.recalibrate,
+                at_once=at_once,
                 checkpoint=None if self.path is None else self.path.with_name(SEARCH_FILE),
                 report=report,
             )
         size = sum(tables.memory().serve_bytes for tables in self.phases.groups)
-        logger.info("%s: %s of %d candidates, %d B", self.data.name, found.candidate, found.num_evaluated, size)
+        logger.info("%s: %s of %d candidates, %d B", self.task.name, found.candidate, found.num_evaluated, size)
         seconds = time.perf_counter() - started
         return PhaseResult(phase.name, 0, 0, 0, seconds, "search", None, (), found.candidate, found.num_evaluated)
 
@@ -185,7 +188,6 @@ class _Training:
         assert last.best is not None
         seconds = sum(phase.seconds for phase in trained)
         return TrainingResult(
-            validation=last.metrics(len(self.data.validation)),
             best=last.best,
             history=tuple(evaluation for phase in self.done for evaluation in phase.history),
             steps=sum(phase.steps for phase in self.done),
@@ -203,9 +205,9 @@ class _Training:
         config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in MAY_CHANGE}
         return {
             **config,
-            "data": self.data.content_hash,
+            "data": self.task.content_hash,
             "model": type(self.model).__name__,
-            "tables": repr(self.model.tables.built_config),
+            "tables": repr([tables.built_config for tables in self.phases.groups]),
         }
 
     def _save(self) -> None:

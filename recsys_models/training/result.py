@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from embcomp.training import Phase
-from recsys_models.metrics import Metrics
-
-if TYPE_CHECKING:
-    from recsys_models.ctr import CTRModel
 
 
 @dataclass(frozen=True)
@@ -20,9 +18,8 @@ class Evaluation:
     Attributes:
         step: training steps done.
         epoch: epochs completed.
-        auc: of the validation split; NaN where all its labels are equal.
-        log_loss: of the validation split.
-        train_loss: mean binary cross-entropy of the training batches since the last evaluation, as they were seen.
+        metrics: of the validation split, by name; NaN where one is undefined.
+        train_loss: mean loss of the training batches since the last evaluation, as they were seen.
         learning_rate: of the network, in the steps before.
         improved: whether it was the best so far.
         phase: name of the phase, within which steps and epochs are counted.
@@ -30,8 +27,7 @@ class Evaluation:
 
     step: int
     epoch: int
-    auc: float
-    log_loss: float
+    metrics: dict[str, float]
     train_loss: float
     learning_rate: float
     improved: bool
@@ -82,19 +78,13 @@ class PhaseResult:
             }
         )
 
-    def metrics(self, num_rows: int) -> Metrics:
-        """The best evaluation as metrics of a split of ``num_rows`` rows."""
-        assert self.best is not None
-        return Metrics(self.best.auc, self.best.log_loss, num_rows)
-
 
 @dataclass(frozen=True)
 class TrainingResult:
     """What came out of training.
 
     Attributes:
-        validation: metrics of the best evaluation of the last phase that trained, by the monitored metric.
-        best: that evaluation.
+        best: the best evaluation of the last phase that trained, by the monitored metric.
         history: all evaluations of all phases.
         steps: training steps done.
         epochs: epochs completed.
@@ -104,7 +94,6 @@ class TrainingResult:
         phases: what came out of each phase.
     """
 
-    validation: Metrics
     best: Evaluation
     history: tuple[Evaluation, ...]
     steps: int
@@ -121,14 +110,14 @@ class Callback:
     Callbacks are stateless as far as `fit` knows: what they must remember over a resume belongs into the model.
     """
 
-    def on_phase_start(self, model: CTRModel, phase: Phase) -> None:
+    def on_phase_start(self, model: nn.Module, phase: Phase) -> None:
         """Called when a phase begins, and when a run is resumed within it."""
 
-    def on_step_end(self, model: CTRModel, step: int) -> None:
+    def on_step_end(self, model: nn.Module, step: int) -> None:
         """Called after the optimizer's step; ``step`` counts from 1."""
 
-    def on_epoch_end(self, model: CTRModel, epoch: int) -> None:
+    def on_epoch_end(self, model: nn.Module, epoch: int) -> None:
         """Called after an epoch's last step, before its evaluation; ``epoch`` counts from 1."""
 
-    def on_evaluation(self, model: CTRModel, evaluation: Evaluation) -> None:
+    def on_evaluation(self, model: nn.Module, evaluation: Evaluation) -> None:
         """Called after each look at the validation split."""

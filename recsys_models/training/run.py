@@ -11,21 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from embcomp.errors import IncompatibleStateError
 from embcomp.training import Phases
-from recsys_models.ctr import CTRModel
-from recsys_models.data import Batch, Batches, ClickLog, Split
 from recsys_models.errors import TrainingError
-from recsys_models.metrics import Metrics, evaluate
 from recsys_models.training import checkpoint
 from recsys_models.training.config import TrainingConfig
 from recsys_models.training.groups import make_optimizers
 from recsys_models.training.optimizers import clip_gradients
 from recsys_models.training.result import Callback, Evaluation, PhaseResult
+from recsys_models.training.task import Stream, Task
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +52,7 @@ class Run:
         name: for the progress bar and the log.
         phases: entered already.
         model: on the device.
-        data: what to train and validate on.
+        task: what to learn.
         config: of this phase.
         device: where batches go.
         callbacks: called in order.
@@ -66,23 +63,24 @@ class Run:
         self,
         name: str,
         phases: Phases,
-        model: CTRModel,
-        data: ClickLog,
+        model: nn.Module,
+        task: Task,
         config: TrainingConfig,
         device: torch.device,
         callbacks: Sequence[Callback],
         save: Callable[[], None],
     ) -> None:
-        self.name, self.phases, self.model, self.data, self.config = name, phases, model, data, config
+        self.name, self.phases, self.model, self.task, self.config = name, phases, model, task, config
         self.device, self.callbacks, self.save = device, callbacks, save
         self.parameters = phases.parameters()
         self.optimizers = make_optimizers(model, config, self.parameters)
-        self.batches = _shuffled(data.train, config, device)
-        self.validation = data.validation.batches(config.eval_batch_size, device=device)
-        self.upper = _shuffled(data.validation, config, device) if phases.phase.bilevel else None
+        self.monitor, self.sign = task.monitored(config)
+        self.batches = task.batches("train", model, config, device)
+        self.validate = task.validation(model, config, device)
+        self.upper = task.batches("validation", model, config, device) if phases.phase.bilevel else None
         self.progress = _Progress()
         self.best_weights: dict[str, Tensor] = {}
-        self._upper_stream: Iterator[Batch] | None = None
+        self._upper_stream: Iterator[Any] | None = None
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -98,7 +96,7 @@ class Run:
                 train_loss = self._train(stream, bar)
                 self._set_rounding()
                 evaluation = self._evaluate(train_loss)
-                bar.set_postfix_str(f"epoch {evaluation.epoch}, {self.config.monitor} {self._value(evaluation):.5f}")
+                bar.set_postfix_str(f"epoch {evaluation.epoch}, {self.monitor} {evaluation.metrics[self.monitor]:.5f}")
         if self.config.restore_best and self.best_weights:
             self.model.load_state_dict(self.best_weights)
         return self._result(stopped)
@@ -107,9 +105,10 @@ class Run:
         return self.progress.epoch >= self.config.float_epochs or self.progress.step == self.config.max_steps
 
     def _set_rounding(self) -> None:
-        self.model.tables.set_rounding_(self._is_rounding())
+        for tables in self.phases.groups:
+            tables.set_rounding_(self._is_rounding())
 
-    def _stream(self) -> Iterator[tuple[Batch, bool]]:
+    def _stream(self) -> Iterator[tuple[Any, bool]]:
         """All batches to come, each with whether it is its epoch's last."""
         start, last = self.progress.batch, len(self.batches) - 1
         for epoch in range(self.progress.epoch, self.config.epochs):
@@ -117,13 +116,13 @@ class Run:
                 yield batch, index == last
             start = 0
 
-    def _train(self, stream: Iterator[tuple[Batch, bool]], bar: tqdm) -> float:
+    def _train(self, stream: Iterator[tuple[Any, bool]], bar: tqdm) -> float:
         """Train until the next evaluation is due; return the mean loss."""
         self.model.train()
         progress, started, rows = self.progress, time.perf_counter(), 0
         total = torch.zeros((), device=self.device)
         for batch, ends_epoch in stream:
-            size = len(batch.labels)
+            size = self.task.num_rows(batch)
             total.add_(self._step(batch), alpha=size)
             rows += size
             progress.step += 1
@@ -143,14 +142,14 @@ class Run:
             )
         return mean
 
-    def _step(self, batch: Batch) -> Tensor:
+    def _step(self, batch: Any) -> Tensor:
         losses: list[Tensor] = []
 
         def loss(logits: Tensor) -> Tensor:
-            losses.append(F.binary_cross_entropy_with_logits(logits, batch.labels))
+            losses.append(self.task.loss(self.model, batch, logits))
             return losses[-1]
 
-        self.phases.loss(lambda: self.model(batch.ids, batch.dense), loss).backward()
+        self.phases.loss(lambda: self.task.predict(self.model, batch), loss).backward()
         if self.config.clip_norm is not None:
             clip_gradients(self.parameters, self.config.clip_norm)
         for optimizer in self.optimizers:
@@ -161,15 +160,14 @@ class Run:
             self._upper_step(self.upper)
         return losses[0].detach()
 
-    def _upper_step(self, batches: Batches) -> None:
+    def _upper_step(self, batches: Stream) -> None:
         """In a bilevel phase: architecture parameters learn from the next validation batch."""
         epoch, index = divmod(self.progress.step, len(batches))
         if self._upper_stream is None or index == 0:
             self._upper_stream = batches.epoch(epoch, index)
         batch = next(self._upper_stream)
         self.phases.architecture_step_(
-            lambda: self.model(batch.ids, batch.dense),
-            lambda logits: F.binary_cross_entropy_with_logits(logits, batch.labels),
+            lambda: self.task.predict(self.model, batch), lambda logits: self.task.loss(self.model, batch, logits)
         )
 
     def _tell_step(self, ends_epoch: bool) -> None:
@@ -195,20 +193,20 @@ class Run:
     # ---- evaluations ------------------------------------------------------------------------------------------------
 
     def _evaluate(self, train_loss: float) -> Evaluation:
-        metrics, progress = evaluate(self.model, self.validation), self.progress
+        metrics, progress = self.validate(), self.progress
         rate = self.optimizers[-1].param_groups[-1]["lr"]
         improved = self._is_rounding() and self._is_improvement(metrics)
         evaluation = Evaluation(
             progress.step,
             progress.epoch,
-            metrics.auc,
-            metrics.log_loss,
+            metrics,
             train_loss,
             rate,
             improved,
             self.phases.phase.name,
         )
-        logger.info("%s: step %d, epoch %d: %s", self.name, progress.step, progress.epoch, metrics)
+        told = ", ".join(f"{name} {value:.5f}" for name, value in metrics.items())
+        logger.info("%s: step %d, epoch %d: %s", self.name, progress.step, progress.epoch, told)
         progress.history.append(evaluation)
         if improved:
             progress.bad_evaluations = 0
@@ -224,14 +222,11 @@ class Run:
         self.save()
         return evaluation
 
-    def _is_improvement(self, metrics: Metrics) -> bool:
+    def _is_improvement(self, metrics: dict[str, float]) -> bool:
         best = self.progress.best
         if best is None:
             return True
-        return self.config.sign * (self._value(metrics) - self._value(best)) > self.config.min_delta
-
-    def _value(self, metrics: Metrics | Evaluation) -> float:
-        return metrics.auc if self.config.monitor == "auc" else metrics.log_loss
+        return self.sign * (metrics[self.monitor] - best.metrics[self.monitor]) > self.config.min_delta
 
     def _lower_learning_rates(self) -> None:
         for optimizer in self.optimizers:
@@ -274,8 +269,3 @@ class Run:
         for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(own)
         logger.info("%s: resumed at step %d, epoch %d", self.name, self.progress.step, self.progress.epoch)
-
-
-def _shuffled(split: Split, config: TrainingConfig, device: torch.device) -> Batches:
-    single_left = len(split) % config.batch_size == 1 and len(split) > 1
-    return split.batches(config.batch_size, shuffle=True, seed=config.seed, drop_last=single_left, device=device)

@@ -11,7 +11,8 @@ from embcomp.errors import IncompatibleStateError, InputError
 from embcomp.training.batch_norms import recalibrate_
 from recsys_models.metrics import evaluate
 from recsys_models.training import Callback, TrainingConfig, fit
-from recsys_models.training.validation import ValidationSearch
+from recsys_models.training.click_search import ClickSearch
+from recsys_models.training.clicks import ClickTask
 from tests.recsys_models.tiny import SIZES, tiny_log, tiny_model
 
 CONFIG = TrainingConfig(
@@ -69,7 +70,7 @@ def killing(monkeypatch, where, kill_at):
     """Let evaluations of the search raise; or give the callback that does so in a phase of training."""
     if where not in ("evaluate", "evaluate_many", "recalibrate"):
         return [Killer(where, kill_at)]
-    calls, evaluation = [], getattr(ValidationSearch, where)
+    calls, evaluation = [], getattr(ClickSearch, where)
 
     def dying(self, *args):
         calls.append(1)
@@ -77,7 +78,7 @@ def killing(monkeypatch, where, kill_at):
             raise Killed
         return evaluation(self, *args)
 
-    monkeypatch.setattr(ValidationSearch, where, dying)
+    monkeypatch.setattr(ClickSearch, where, dying)
     return []
 
 
@@ -226,7 +227,7 @@ def test_the_finalized_model_fits_the_budget_and_predicts_the_same(variant, budg
     allowed = model.tables.memory().full_bytes * int(budget[:-1]) // 100
     assert model.tables.memory().serve_bytes <= allowed
     before = evaluate(model, DATA.validation)
-    assert before.auc == pytest.approx(result.validation.auc, abs=1e-6)
+    assert before.auc == pytest.approx(result.best.metrics["auc"], abs=1e-6)
     model.tables.finalize_()
     assert sum(tensor.nbytes for tensor in model.tables.state_dict().values()) <= allowed
     assert evaluate(model, DATA.validation).log_loss == pytest.approx(before.log_loss, abs=1e-5)
@@ -243,7 +244,7 @@ def test_the_result_tells_the_phases_apart():
     assert search.candidate == tuple(chosen.dims.values())
     assert search.num_evaluated > 8
     assert (search.stopped, search.steps, search.best, search.history) == ("search", 0, None, ())
-    assert result.best == retrain.best == max(retrain.history, key=lambda e: e.auc)
+    assert result.best == retrain.best == max(retrain.history, key=lambda e: e.metrics["auc"])
     assert result.steps == supernet.steps + retrain.steps == 40
     assert result.epochs == 4
 
@@ -257,7 +258,7 @@ def test_the_supernet_has_limits_of_its_own():
 @pytest.mark.parametrize("changes", [{"monitor": "log_loss"}, {"search_rows": None}, {"search_at_once": 3}], ids=str)
 def test_searches_compare_by_the_monitored_metric_on_as_many_rows_as_said(changes, monkeypatch):
     settings, rows, finalists = config(**changes), [], []
-    value, full = ValidationSearch._value, ValidationSearch.evaluate
+    value, full = ClickSearch._value, ClickSearch.evaluate
 
     def counting(self, logits):
         rows.append(len(logits))
@@ -267,8 +268,8 @@ def test_searches_compare_by_the_monitored_metric_on_as_many_rows_as_said(change
         finalists.append((full(self), evaluate(self.model, DATA.validation)))
         return finalists[-1][0]
 
-    monkeypatch.setattr(ValidationSearch, "_value", counting)
-    monkeypatch.setattr(ValidationSearch, "evaluate", noting)
+    monkeypatch.setattr(ClickSearch, "_value", counting)
+    monkeypatch.setattr(ClickSearch, "evaluate", noting)
     result = fit(model_of(), DATA, settings)
     assert set(rows) == {200 if settings.search_rows is None else 100}
     assert len(rows) == result.phases[1].num_evaluated
@@ -280,7 +281,7 @@ def test_searches_compare_by_the_monitored_metric_on_as_many_rows_as_said(change
 def test_candidates_at_once_have_the_values_that_they_have_alone():
     model = model_of(prune_rows=False, budget=None)
     fit(model, DATA, config(epochs=1))
-    search = ValidationSearch(model, DATA, config(search_rows=None), torch.device("cpu"))
+    search = ClickTask(DATA).search(model, config(search_rows=None), torch.device("cpu"))
     shown = [(7, 7, 7), (1, 1, 1), (2, 7, 3)]
     model.tables.show_(shown)
     together = search.evaluate_many(3)
@@ -308,7 +309,7 @@ def test_bug_selection_on_the_test_split_no_phase_touches_it(variant):
 
 
 def test_bug_stale_batch_norm_statistics_finalists_are_recalibrated_on_training_rows(monkeypatch):
-    seen, recalibrate = [], ValidationSearch.recalibrate
+    seen, recalibrate = [], ClickSearch.recalibrate
 
     def noting(self):
         norm = self.model.mlp[1]
@@ -317,7 +318,7 @@ def test_bug_stale_batch_norm_statistics_finalists_are_recalibrated_on_training_
         recalibrate(self)
         seen.append((norm.num_batches_tracked.item(), norm.running_mean.clone()))
 
-    monkeypatch.setattr(ValidationSearch, "recalibrate", noting)
+    monkeypatch.setattr(ClickSearch, "recalibrate", noting)
     model = model_of()
     fit(model, DATA, CONFIG)
     assert [batches for batches, _ in seen] == [10] * 6  # all of the epoch, being fewer than twenty
@@ -331,7 +332,7 @@ def test_bug_stale_batch_norm_statistics_what_is_served_without_retraining_has_i
     model.tables.finalize_()
     served = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
     assert len(served) == 4
-    recalibrate_(model, ValidationSearch(model, DATA, CONFIG, torch.device("cpu")).recalibrate)
+    recalibrate_(model, ClickTask(DATA).search(model, CONFIG, torch.device("cpu")).recalibrate)
     for name, buffer in model.named_buffers():
         if "running" in name:
             torch.testing.assert_close(buffer, served[name])
@@ -353,5 +354,5 @@ def test_the_sample_of_the_validation_split_has_both_labels():
     labels[17] = 1
     data = dataclasses.replace(DATA, validation=dataclasses.replace(DATA.validation, labels=labels))
     for seed in range(5):
-        search = ValidationSearch(model_of(), data, config(search_rows=2, seed=seed), torch.device("cpu"))
+        search = ClickTask(data).search(model_of(), config(search_rows=2, seed=seed), torch.device("cpu"))
         assert sorted(search._labels.tolist()) == [0, 1]

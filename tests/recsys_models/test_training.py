@@ -59,12 +59,12 @@ def test_learns():
     data = tiny_log((3000, 500, 500), num_dense=1)
     model = seeded(data, init_std=0.1, **DROPOUT)
     result = fit(model, data, config(epochs=40, patience=5))
-    assert result.validation.auc > 0.85
+    assert result.best.metrics["auc"] > 0.85
     assert evaluate(model, data.test).auc > 0.85
-    assert evaluate(model, data.validation).auc == pytest.approx(result.validation.auc, abs=1e-6)
+    assert evaluate(model, data.validation).auc == pytest.approx(result.best.metrics["auc"], abs=1e-6)
     assert result.history[-1].train_loss < result.history[0].train_loss - 0.1
     assert result.samples_per_second * result.train_seconds == pytest.approx(3000 * result.epochs)
-    assert result.best.auc == max(evaluation.auc for evaluation in result.history)
+    assert result.best.metrics["auc"] == max(evaluation.metrics["auc"] for evaluation in result.history)
 
 
 def test_same_weights_as_a_plain_loop():
@@ -172,7 +172,7 @@ def scripted(monkeypatch, values):
         auc = next(values)
         return Metrics(auc, 1 - auc, 200)
 
-    monkeypatch.setattr("recsys_models.training.run.evaluate", fake)
+    monkeypatch.setattr("recsys_models.training.clicks.evaluate", fake)
     return seen
 
 
@@ -186,7 +186,7 @@ def test_plateau_patience_and_the_best_weights(monkeypatch, monitor):
     assert [e.improved for e in result.history] == [True, True, False, True, False, False]
     assert [e.learning_rate for e in result.history] == pytest.approx([1e-2, 1e-2, 1e-2, 1e-3, 1e-3, 1e-4])
     assert_same(state(model), seen[3])
-    assert result.validation == Metrics(0.8, pytest.approx(0.2), 200)
+    assert result.best.metrics == pytest.approx({"auc": 0.8, "log_loss": 0.2})
 
 
 def test_a_plateau_can_rewind_to_the_best_weights(monkeypatch):
@@ -390,6 +390,14 @@ def test_a_model_for_other_data():
         fit(seeded(data), tiny_log(sizes=(50, 21, 4)), CONFIG)
 
 
+def test_a_metric_or_a_model_that_clicks_do_not_go_with():
+    data = tiny_log()
+    with pytest.raises(ConfigError, match=r"monitor='auk'\): tiny has no such metric; did you mean 'auc'"):
+        fit(seeded(data), data, config(monitor="auk"))
+    with pytest.raises(ConfigError, match="Linear can't be trained on the click log tiny"):
+        fit(torch.nn.Linear(1, 1), data, CONFIG)
+
+
 def test_splits_that_cannot_be_used():
     data = tiny_log()
     for empty in ((0, 9, 9), (9, 0, 9)):
@@ -400,8 +408,8 @@ def test_splits_that_cannot_be_used():
     with pytest.raises(InputError, match="set monitor='log_loss'"):
         fit(seeded(data), data, CONFIG)
     result = fit(seeded(data), data, config(monitor="log_loss"))
-    assert math.isnan(result.validation.auc)
-    assert result.validation.log_loss < 1
+    assert math.isnan(result.best.metrics["auc"])
+    assert result.best.metrics["log_loss"] < 1
 
 
 @pytest.mark.parametrize(
@@ -409,7 +417,6 @@ def test_splits_that_cannot_be_used():
     [
         ({"optimizer": "adm"}, "did you mean 'adam'"),
         ({"embedding_optimizer": "adagrat"}, "did you mean 'adagrad'"),
-        ({"monitor": "AUC"}, "Allowed: auc"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"batch_size": 4096.0}, "must be int"),
         ({"learning_rate": 0.0}, "above 0"),

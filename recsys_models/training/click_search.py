@@ -7,8 +7,8 @@ import math
 import numpy as np
 import torch
 from sklearn.metrics import log_loss, roc_auc_score
+from torch import nn
 
-from recsys_models.ctr import CTRModel
 from recsys_models.data import Batch, ClickLog
 from recsys_models.metrics import CLIP, evaluate
 from recsys_models.training.config import TrainingConfig
@@ -18,18 +18,23 @@ ROWS_AT_ONCE = 8192
 """At most, of all candidates that are evaluated together: with more, activations leave the caches of a CPU."""
 
 
-class ValidationSearch:
+class ClickSearch:
     """The callbacks that `embcomp.training.Phases.search_` asks for, higher being better.
 
     Args:
         model: on the device.
         data: whose validation split decides, and whose train split recalibrates batch norms.
-        config: which metric, how many rows, and the seed that chooses them.
+        config: how many rows, and the seed that chooses them.
+        monitor: ``"auc"`` or ``"log_loss"``.
         device: where batches go.
     """
 
-    def __init__(self, model: CTRModel, data: ClickLog, config: TrainingConfig, device: torch.device) -> None:
-        self.model, self.config = model, config
+    most_at_once: int | None = None
+
+    def __init__(
+        self, model: nn.Module, data: ClickLog, config: TrainingConfig, monitor: str, device: torch.device
+    ) -> None:
+        self.model, self.config, self.monitor = model, config, monitor
         self.validation = data.validation.batches(config.eval_batch_size, device=device)
         number = len(data.validation) if config.search_rows is None else min(config.search_rows, len(data.validation))
         self._sample = self._one_batch(data, number, device)
@@ -39,7 +44,7 @@ class ValidationSearch:
     def evaluate(self) -> float:
         """The monitored metric on the whole split."""
         metrics = evaluate(self.model, self.validation)
-        return self.config.sign * (metrics.auc if self.config.monitor == "auc" else metrics.log_loss)
+        return metrics.auc if self.monitor == "auc" else -metrics.log_loss
 
     def evaluate_many(self, number: int) -> list[float]:
         """The monitored metric of the candidates that are shown, on the sample."""
@@ -67,7 +72,7 @@ class ValidationSearch:
     def _value(self, logits: np.ndarray) -> float:
         if not np.isfinite(logits).all():
             return math.nan
-        if self.config.monitor == "auc":
+        if self.monitor == "auc":
             return float(roc_auc_score(self._labels, logits))
         probabilities = np.clip(1 / (1 + np.exp(-logits)), CLIP, 1 - CLIP)
         return -float(log_loss(self._labels, probabilities, labels=[0, 1]))
