@@ -11,10 +11,13 @@ from recsys_models.data.malformed import MalformedLog
 from recsys_models.data.sessions.build import build_sessions
 from recsys_models.data.sessions.catalogue import Attribute, Catalogue
 from recsys_models.data.sessions.reader import SessionReader
+from recsys_models.data.sessions.readers.amazon_beauty import AmazonBeauty
+from recsys_models.data.sessions.readers.amazon_reviews import AmazonReviews
 from recsys_models.data.sessions.readers.diginetica import Diginetica
 from recsys_models.data.sessions.readers.diginetica_sessions import DigineticaSessions
 from recsys_models.data.sessions.readers.movielens_1m import MovieLens1MSessions
 from recsys_models.data.sessions.readers.movielens_100k import MovieLens100KSessions
+from recsys_models.data.sessions.readers.retailrocket import Retailrocket
 from recsys_models.data.sessions.readers.sasrec_text import SasrecText
 from recsys_models.data.sessions.readers.synthetic import SyntheticSessions
 from recsys_models.data.sessions.readers.yoochoose import Yoochoose
@@ -24,13 +27,8 @@ from recsys_models.data.sessions.sessionlog import SessionLog
 SESSION_READERS: Mapping[str, type[SessionReader]] = {
     reader.name: reader
     for reader in (
-        Diginetica,
-        DigineticaSessions,
-        MovieLens100KSessions,
-        MovieLens1MSessions,
-        SasrecText,
-        SyntheticSessions,
-        Yoochoose,
+        *(MovieLens1MSessions, MovieLens100KSessions, SasrecText, Diginetica, DigineticaSessions, Yoochoose),
+        *(Retailrocket, AmazonReviews, AmazonBeauty, SyntheticSessions),
     )
 }
 
