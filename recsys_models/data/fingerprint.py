@@ -12,20 +12,20 @@ from pathlib import Path
 from tqdm import tqdm
 
 from recsys_models.data.lines import check_readable
-from recsys_models.data.reader import Reader
+from recsys_models.data.reader import Source
 
 _BLOCK = 1 << 22
 _LARGE = 1 << 26
 _NOT_CONTENT = "max_malformed"
 
 
-def fingerprint(reader: Reader, files: Mapping[str, Path], memo: Path) -> str:
+def fingerprint(reader: Source, files: Mapping[str, Path], memo: Path) -> str:
     """Return the hash of the source files, the reader, its version and its options, as 64 hexadecimal digits.
 
     The names and places of the files do not count, nor does ``max_malformed``, which changes no row.
 
     Args:
-        reader: of the data set.
+        reader: the source of the data set.
         files: its source files by role.
         memo: folder that remembers the hashes of large files by path, size and time of change.
     """

@@ -1,6 +1,6 @@
 """Streams delimited text files as blocks of column offsets, so that columns parse as arrays and not line by line."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +77,35 @@ def read_header(path: Path, separator: str, expected: str) -> list[str]:
         return line.decode("utf-8-sig").rstrip("\r\n").split(separator)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: line 1 is not UTF-8 text ({error}). Expected {expected}") from error
+
+
+def find_columns(
+    path: Path, separator: str, wanted: Sequence[str | tuple[str, ...]], expected: str
+) -> tuple[Dialect, list[int]]:
+    """Find columns by the header of a file, whose names may be followed by a colon and a type.
+
+    Args:
+        path: the file.
+        separator: of the columns.
+        wanted: names of columns; a tuple for one that has several spellings.
+        expected: what the file should be, for messages.
+
+    Returns:
+        The dialect of the file, and the position of each wanted column.
+
+    Raises:
+        DataError: if one is not there.
+    """
+    header = read_header(path, separator, expected)
+    names = [column.partition(":")[0] for column in header]
+    positions = []
+    for spellings in wanted:
+        found = [name for name in ((spellings,) if isinstance(spellings, str) else spellings) if name in names]
+        if not found:
+            column = spellings if isinstance(spellings, str) else " or ".join(spellings)
+            raise DataError(f"{path}: line 1 lacks the column {column}, it has {header}. Expected {expected}")
+        positions.append(names.index(found[0]))
+    return Dialect(separator.encode(), len(header), header=True), positions
 
 
 def read_lines(path: Path, dialect: Dialect, expected: str, block_bytes: int = BLOCK_BYTES) -> Iterator[Lines]:

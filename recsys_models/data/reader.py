@@ -48,11 +48,10 @@ class RawLog:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reader(ABC):
-    """Reads one data set in its original format. Subclasses are dataclasses whose fields are the options.
+class Source(ABC):
+    """One data set in its original format, of clicks or of sessions. Subclasses are dataclasses of options.
 
     Args:
-        min_count: values seen less often in training share the last id of their field.
         split_seed: seed of a random split.
         max_malformed: share of malformed lines per file above which reading fails.
     """
@@ -62,7 +61,6 @@ class Reader(ABC):
     version: ClassVar[int] = 1
     """To be raised whenever the same files and options come to give other rows, so that old caches are not used."""
 
-    min_count: int = 1
     split_seed: int = 2021
     max_malformed: float = 0.01
 
@@ -70,7 +68,6 @@ class Reader(ABC):
         """Check the options."""
         for option in fields(self):
             _check_type(self.name, option.name, getattr(self, option.name), type(option.default))
-        check_at_least(self.name, "min_count", self.min_count, 1)
         check_at_least(self.name, "split_seed", self.split_seed, 0)
         if not 0 <= self.max_malformed <= 1:
             raise DataError(f"{self.name}: option max_malformed is {self.max_malformed!r}, must be a share in [0, 1]")
@@ -78,6 +75,22 @@ class Reader(ABC):
     @abstractmethod
     def files(self, folder: Path) -> dict[str, Path]:
         """Return the source files in ``folder`` by their role; a missing one is reported when it is read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader(Source):
+    """Reads one click log.
+
+    Args:
+        min_count: values seen less often in training share the last id of their field.
+    """
+
+    min_count: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        check_at_least(self.name, "min_count", self.min_count, 1)
 
     @abstractmethod
     def open(self, files: Mapping[str, Path], log: MalformedLog) -> RawLog:

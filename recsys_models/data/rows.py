@@ -1,6 +1,7 @@
 """Typed columns of delimited text, with every line that does not parse left out and accounted for."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from recsys_models.data.errors import DataError
 from recsys_models.data.lines import BLOCK_BYTES, PADDING, Dialect, Lines, read_lines
 from recsys_models.data.malformed import MalformedLog
+from recsys_models.data.times import LONGEST_TIME, parse_times
 
 MISSING: int = np.iinfo(np.int64).min
 """Raw value that stands for an empty column."""
@@ -63,9 +65,32 @@ class Rows:
         if len(new) and self._lines.numbers[new[-1]] == self._lines.unterminated:
             raise self._truncated(reason(int(new[-1])))
 
+    def keep(self, kept: np.ndarray) -> None:
+        """Go on with the lines ``kept``, bool ``(n,)``, alone; what the others hold is never looked at."""
+        lines = self._lines
+        self._lines = replace(lines, starts=lines.starts[kept], ends=lines.ends[kept], numbers=lines.numbers[kept])
+        self.good = self.good[kept]
+
     def expect(self, good: np.ndarray, values: np.ndarray, name: str, wanted: str) -> None:
         """Mark the lines not ``good``, bool ``(n,)``, as malformed because of their ``values``, ``(n,)``."""
         self.reject(~good, lambda i: f"{name} {values[i]}, expected {wanted}")
+
+    def equals(self, column: int, text: bytes) -> np.ndarray:
+        """Return whether column ``column`` is ``text``, bool ``(n,)``."""
+        found, length = self._characters(column, len(text))
+        same: np.ndarray = length == len(text)
+        if found.shape[1] == len(text):
+            same &= (found == np.frombuffer(text, np.uint8)).all(axis=1)
+        return same
+
+    def times(self, column: int, name: str) -> np.ndarray:
+        """Return column ``column`` of ISO 8601 times in UTC as float64 ``(n,)``, seconds since 1970.
+
+        ``2014-04-07``, ``2014-04-07T10:51:09Z`` and ``2014-04-07T10:51:09.277Z`` are such times; the Z may be missing.
+        """
+        value, bad = parse_times(*self._characters(column, LONGEST_TIME))
+        self.reject(bad, lambda i: self._wrong(column, name, i, "a time such as 2014-04-07T10:51:09.277Z"))
+        return value
 
     def delimiter(self, column: int) -> np.ndarray:
         """Return the byte after column ``column``, uint8 ``(n,)``."""

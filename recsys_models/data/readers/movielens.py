@@ -43,6 +43,29 @@ class Table:
 
 
 @dataclass(frozen=True, eq=False)
+class Films:
+    """What the files say about films.
+
+    Args:
+        path: the file they come from.
+        keys: int64 ``(n,)``, ascending.
+        titles: ``(n,)``, with or without the year.
+        genres: ``(n,)``, the genres of each film as one text, separated by ``|`` or a space.
+        years: ``(n,)``, of the release, as text; empty if unknown.
+    """
+
+    path: Path
+    keys: np.ndarray
+    titles: np.ndarray
+    genres: np.ndarray
+    years: np.ndarray
+
+    def table(self) -> Table:
+        """Return genres and years as attributes."""
+        return _code(self.path, self.keys, {"genres": self.genres, "year": self.years})
+
+
+@dataclass(frozen=True, eq=False)
 class Ratings:
     """Where the columns of a ratings file are: its dialect and the positions of user, item and rating."""
 
@@ -134,17 +157,10 @@ def read_table(
     return _code(path, joined[order], {name: np.concatenate(part)[order] for name, part in parts.items()})
 
 
-def with_genres_and_year(table: Table, genres: np.ndarray, dated: np.ndarray) -> Table:
-    """Replace the attributes of a table of films by ``genres`` and ``year``.
-
-    Args:
-        table: of films.
-        genres: ``(n,)``, the genres of each film as one text.
-        dated: ``(n,)``, texts that end in a year, bare, in brackets or after a hyphen; others give an empty year.
-    """
-    years = [_YEAR.search(text) for text in dated.tolist()]
-    year = np.array([next(filter(None, match.groups())) if match else "" for match in years], np.str_)
-    return _code(table.path, table.keys, {"genres": genres, "year": year})
+def years_in(texts: np.ndarray) -> np.ndarray:
+    """Return the years that texts ``(n,)`` end in, bare, in brackets or after a hyphen, ``(n,)``; empty for no year."""
+    years = [_YEAR.search(text) for text in texts.tolist()]
+    return np.array([next(filter(None, match.groups())) if match else "" for match in years], np.str_)
 
 
 def attribute_texts(table: Table, name: str) -> np.ndarray:

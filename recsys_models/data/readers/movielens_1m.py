@@ -10,15 +10,15 @@ from recsys_models.data.lines import Dialect, read_header
 from recsys_models.data.malformed import MalformedLog
 from recsys_models.data.reader import RawLog
 from recsys_models.data.readers.movielens import (
+    Films,
     MovieLens,
     Ratings,
-    Table,
     attribute_texts,
     read_table,
-    with_genres_and_year,
+    years_in,
 )
 
-_EXPECTED_RATINGS = "ratings.dat of MovieLens-1M: UserID::MovieID::Rating::Timestamp"
+EXPECTED_RATINGS = "ratings.dat of MovieLens-1M: UserID::MovieID::Rating::Timestamp"
 _EXPECTED_CSV = "ratings_no_time.csv: the header user_id,movie_id,rating and one line per rating"
 _EXPECTED_USERS = "users.dat of MovieLens-1M: UserID::Gender::Age::Occupation::Zip-code"
 _EXPECTED_MOVIES = "movies.dat of MovieLens-1M: MovieID::Title::Genres, in latin-1"
@@ -46,7 +46,7 @@ class MovieLens1M(MovieLens):
         )
         if ratings is None:
             raise DataError(
-                f"{folder}: neither ratings.dat nor ratings_no_time.csv is there. Expected {_EXPECTED_RATINGS}, or "
+                f"{folder}: neither ratings.dat nor ratings_no_time.csv is there. Expected {EXPECTED_RATINGS}, or "
                 f"{_EXPECTED_CSV}; unpack ml-1m.zip there or pass another root"
             )
         role = "ratings" if ratings.suffix == ".dat" else "ratings_csv"
@@ -57,13 +57,13 @@ class MovieLens1M(MovieLens):
         """Start reading."""
         columns = {"gender": 1, "age": 2, "occupation": 3, "zip": 4}
         users = read_table(files["users"], Dialect(b"::", 5), log, _EXPECTED_USERS, columns, ("age", "occupation"))
-        movies = _movies(files["movies"], log) if "movies" in files else None
+        movies = read_films(files["movies"], log).table() if "movies" in files else None
         return self.assemble(_ratings(files), users, movies, log)
 
 
 def _ratings(files: Mapping[str, Path]) -> Ratings:
     if "ratings" in files:
-        return Ratings(files["ratings"], Dialect(b"::", 4), (0, 1, 2), _EXPECTED_RATINGS)
+        return Ratings(files["ratings"], Dialect(b"::", 4), (0, 1, 2), EXPECTED_RATINGS)
     path = files["ratings_csv"]
     header = read_header(path, ",", _EXPECTED_CSV)
     if header != ["user_id", "movie_id", "rating"]:
@@ -71,7 +71,9 @@ def _ratings(files: Mapping[str, Path]) -> Ratings:
     return Ratings(path, Dialect(b",", 3, header=True), (0, 1, 2), _EXPECTED_CSV)
 
 
-def _movies(path: Path, log: MalformedLog) -> Table:
+def read_films(path: Path, log: MalformedLog) -> Films:
+    """Read ``movies.dat``; malformed lines go to the log."""
     dialect = Dialect(b"::", 3, encoding="latin-1")
     table = read_table(path, dialect, log, _EXPECTED_MOVIES, {"title": 1, "genres": 2})
-    return with_genres_and_year(table, attribute_texts(table, "genres"), attribute_texts(table, "title"))
+    titles = attribute_texts(table, "title")
+    return Films(path, table.keys, titles, attribute_texts(table, "genres"), years_in(titles))

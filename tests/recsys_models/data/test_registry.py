@@ -20,7 +20,8 @@ def test_an_unknown_name_lists_the_known(tmp_path):
 
 @pytest.mark.parametrize("name", READERS)
 def test_an_unknown_option_lists_the_known(name, tmp_path):
-    with pytest.raises(DataError, match=rf"{name}: unknown option colour; the options are min_count, split_seed"):
+    message = rf"{name}: unknown option colour; the options are split_seed, max_malformed, min_count"
+    with pytest.raises(DataError, match=message):
         load_dataset(name, tmp_path, colour=1)
 
 

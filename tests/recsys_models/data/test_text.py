@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys_models.data import DataError
-from recsys_models.data.lines import Dialect
+from recsys_models.data.lines import Dialect, find_columns
 from recsys_models.data.malformed import MalformedLog
 from recsys_models.data.rows import MISSING, read_rows
 
@@ -177,3 +177,28 @@ def test_reading_is_streamed(tmp_path):
     assert sum(sizes) == 1000
     assert max(sizes) <= 101
     assert np.mean(sizes) >= 90
+
+
+def test_lines_that_are_not_kept_are_never_looked_at(tmp_path):
+    path = tmp_path / "t.tsv"
+    path.write_text("1\ta\tone\n2\tb\t7\n3\taa\ttwo\n4\tb\tx\n5\tb\t9\n")
+    log = MalformedLog()
+    (rows,) = read(path, log=log)
+    assert rows.equals(1, b"b").tolist() == [False, True, False, True, True]
+    assert not rows.equals(1, b"bbb").any()
+    rows.keep(rows.equals(1, b"b"))
+    assert rows.integers(0, "number").tolist() == [2, 4, 5]
+    values = rows.integers(2, "value")
+    assert values[rows.good].tolist() == [7, 9]
+    assert [line.line for line in log.kept] == [4]
+    assert (log.num_lines[path.name], log.num_malformed[path.name]) == (5, 1)
+
+
+def test_columns_are_found_by_their_names_in_any_spelling(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("itemId;session_id:token;day\n1;2;3\n")
+    wanted = [("session_id", "sessionId"), "itemId"]
+    dialect, positions = find_columns(path, ";", wanted, "a table")
+    assert (dialect.separator, dialect.columns, dialect.header, positions) == (b";", 3, True, [1, 0])
+    with pytest.raises(DataError, match=r"t\.csv: line 1 lacks the column week or weekday, it has .*Expected a table"):
+        find_columns(path, ";", [("week", "weekday")], "a table")

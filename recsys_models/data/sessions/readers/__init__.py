@@ -1,0 +1,1 @@
+"""Readers of sessions in their original file formats, one data set each."""

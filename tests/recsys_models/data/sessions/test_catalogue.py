@@ -1,0 +1,150 @@
+"""Ids by train frequency, attributes, and items that nothing tells apart, against plain Python."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recsys_models.data import Attribute, Catalogue
+from recsys_models.data.sessions.attributes import (
+    TextCoder,
+    bag_attribute,
+    encode_attribute,
+    log2_buckets,
+    text_attribute,
+    title_words,
+)
+from recsys_models.data.sessions.editing import offsets_of
+from recsys_models.data.sessions.raw import RawAttribute
+from tests.recsys_models.data.sessions import reference
+
+PAIRS = st.lists(st.tuples(st.integers(0, 9), st.integers(-3, 5)), max_size=40)
+COUNTS = st.lists(st.integers(0, 4), min_size=1, max_size=6)
+
+
+def encode(pairs, counts, is_bag) -> tuple[Attribute, list[int]]:
+    """Encode pairs (item, value) for the items 0, 2, 4, …, whose train counts are given in the order of ids."""
+    items = [2 * i for i in range(len(counts))]
+    ids = sorted(range(len(counts)), key=lambda i: (-counts[i], i))
+    numbers = np.empty(len(ids), np.int32)
+    numbers[ids] = np.arange(len(ids))
+    keys = np.array([item for item, _ in pairs], np.int64)
+    raw = RawAttribute("colour", keys, np.arange(len(pairs)), np.array([v for _, v in pairs], np.int64), is_bag)
+    by_id = np.array([counts[i] for i in ids], np.int64)
+    return encode_attribute(raw, np.array(items), numbers, by_id), [items[i] for i in ids]
+
+
+@settings(deadline=None, max_examples=200)
+@given(pairs=PAIRS, counts=COUNTS, is_bag=st.booleans())
+def test_attributes_are_what_plain_python_gives(pairs, counts, is_bag):
+    found, items = encode(pairs, counts, is_bag)
+    values_of = {}
+    for item, value in pairs:
+        values_of.setdefault(item, []).append(value)
+    names, ids, sums = reference.attribute(values_of, items, sorted(counts, reverse=True), is_bag)
+    assert found.names.tolist() == names
+    assert [found.values[a:b].tolist() for a, b in zip(found.offsets, found.offsets[1:], strict=False)] == ids
+    assert found.counts.tolist() == sums
+    assert (found.num_values, found.unknown_id, found.is_bag) == (len(names) + 1, len(names), is_bag)
+    assert (found.values.dtype, found.offsets.dtype, found.counts.dtype) == (np.int32, np.int64, np.int64)
+    assert np.all(np.diff(found.counts[:-1]) <= 0)
+
+
+def test_values_of_cold_items_are_unknown_once_per_item():
+    found, items = encode([(0, 5), (2, 7), (2, 8), (2, 5)], [3, 0], is_bag=True)
+    assert items == [0, 2]
+    assert found.names.tolist() == [5]
+    assert found.values.tolist() == [0, 0, 1]
+    assert found.counts.tolist() == [3, 0]
+
+
+def test_items_without_a_value_are_unknown_or_empty_bags():
+    single, _ = encode([(2, 7)], [3, 2], is_bag=False)
+    assert (single.values.tolist(), single.counts.tolist(), single.lengths.tolist()) == ([1, 0], [2, 3], [1, 1])
+    bag, _ = encode([(2, 7)], [3, 2], is_bag=True)
+    assert (bag.values.tolist(), bag.counts.tolist(), bag.lengths.tolist()) == ([0], [2, 0], [0, 1])
+
+
+def test_the_last_value_of_an_item_counts():
+    found, _ = encode([(0, 5), (0, 6), (2, 6), (2, 5)], [3, 2], is_bag=False)
+    assert found.names[found.values].tolist() == [6, 5]
+
+
+def test_text_attributes_and_bags_keep_their_texts_and_ties_go_to_the_smaller():
+    keys, numbers, counts = np.array(["b", "a", "x"]), np.array([0, 1], np.int32), np.array([4, 4])
+    brand = encode_attribute(text_attribute("brand", keys, ["Z", "Y", "W"]), np.array(["a", "b"]), numbers, counts)
+    assert (brand.names.tolist(), brand.values.tolist()) == (["Y", "Z"], [0, 1])
+    gap = encode_attribute(text_attribute("brand", keys, ["", "Y", ""]), np.array(["a", "b"]), numbers, counts)
+    assert (gap.names.tolist(), gap.values.tolist(), gap.counts.tolist()) == (["Y"], [0, 1], [4, 4])
+    bag = bag_attribute("title", keys, [["new", "york", "new"], ["york"], ["x"]])
+    title = encode_attribute(bag, np.array(["a", "b"]), numbers, counts)
+    assert (title.names.tolist(), title.counts.tolist()) == (["york", "new"], [8, 4, 0])
+    assert (title.values.tolist(), title.offsets.tolist()) == ([0, 0, 1], [0, 1, 3])
+
+
+def test_an_attribute_of_no_known_item_has_one_id():
+    found, _ = encode([(9, 5)], [1], is_bag=False)
+    assert (found.num_values, found.values.tolist(), found.counts.tolist(), len(found.names)) == (1, [0], [1], 0)
+    empty, _ = encode([], [1], is_bag=True)
+    assert (empty.num_values, empty.values.tolist(), empty.counts.tolist()) == (1, [], [0])
+
+
+def make_attribute(bags) -> Attribute:
+    values = np.array([value for bag in bags for value in bag], np.int32)
+    offsets = offsets_of(np.array([len(bag) for bag in bags], np.int64))
+    return Attribute("a", 9, values, offsets, np.zeros(9, np.int64), None, is_bag=True)
+
+
+BAGS = st.lists(st.integers(0, 2), max_size=3).map(sorted)
+
+
+@settings(deadline=None, max_examples=200)
+@given(rows=st.lists(st.lists(BAGS, min_size=2, max_size=2), min_size=1, max_size=15), used=st.integers(0, 2))
+def test_twins_are_items_with_equal_values_in_all_attributes(rows, used):
+    attributes = tuple(make_attribute([row[i] for row in rows]) for i in range(used))
+    tuples = [tuple(map(tuple, row[:used])) for row in rows]
+    expected = [Counter(tuples)[own] > 1 for own in tuples]
+    catalogue = Catalogue(len(rows), np.ones(len(rows), np.int64), np.arange(len(rows)), attributes)
+    assert catalogue.twins.tolist() == expected
+
+
+def test_attributes_are_found_by_name():
+    catalogue = Catalogue(1, np.array([1]), np.array([5]), (make_attribute([[1]]),))
+    assert catalogue.attribute("a").values.tolist() == [1]
+    with pytest.raises(KeyError, match="no attribute 'b', there are: a"):
+        catalogue.attribute("b")
+
+
+@pytest.mark.parametrize(
+    ("title", "words"),
+    [
+        ("Toy Story (1995)", ["toy", "story"]),
+        ("Lion King, The (1994)", ["lion", "king", "the"]),
+        ("2001: A Space Odyssey (1968) ", ["2001", "a", "space", "odyssey"]),
+        ("Schindler's List (1993)", ["schindler's", "list"]),
+        ("Misérables, Les (1995)", ["misérables", "les"]),
+        ("X-Men_2", ["x", "men", "2"]),
+        ("(1900)", []),
+        ("", []),
+    ],
+)
+def test_words_of_titles(title, words):
+    assert title_words(title) == words
+
+
+def test_buckets_of_prices_are_exact_at_powers_of_two():
+    prices = np.array([0.25, 0.3, 0.99, 1.0, 1.99, 2.0, 3.99, 4.0, 7.99, 1024.0, 2.0**40 - 0.5])
+    assert log2_buckets(prices).tolist() == [-2, -2, -1, 0, 0, 1, 1, 2, 2, 10, 39]
+
+
+@settings(deadline=None)
+@given(blocks=st.lists(st.lists(st.text(max_size=3).filter(lambda s: "\0" not in s), min_size=1), max_size=5))
+def test_texts_keep_their_numbers_over_blocks(blocks):
+    coder = TextCoder()
+    codes = [coder.codes(np.array(block, np.str_)) for block in blocks]
+    texts, places = coder.ascending()
+    assert texts.tolist() == sorted(texts.tolist())
+    for block, code in zip(blocks, codes, strict=True):
+        assert texts[places[code]].tolist() == block
