@@ -243,6 +243,26 @@ def check_chunk(chunk: int | None) -> int | None:
     return chunk
 
 
+def check_queries(
+    queries: Tensor, dim: int, device: torch.device, what: str, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return queries ``(..., D)`` in the dtype that they are scored in; 16 bits count as float32.
+
+    Raises:
+        InputError: if they have the wrong dtype, device or last dimension; the message names ``what`` they are for.
+    """
+    if not isinstance(queries, Tensor) or queries.dtype not in (dtype, torch.float16, torch.bfloat16):
+        got = queries.dtype if isinstance(queries, Tensor) else type(queries).__name__
+        raise InputError(f"queries for {what} must be a {dtype} tensor, not {got}")
+    if queries.dim() == 0 or queries.shape[-1] != dim:
+        raise InputError(
+            f"queries of shape {tuple(queries.shape)} for {what} of dimension {dim}: they must be (..., {dim})"
+        )
+    if queries.device != device:
+        raise InputError(f"queries are on {queries.device}, {what} on {device}: move one of them")
+    return queries.to(dtype)
+
+
 class _Write(torch.autograd.Function):
     """Write columns that nobody wrote before; unlike a slice's, its gradient copies nothing."""
 

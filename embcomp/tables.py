@@ -23,7 +23,7 @@ from embcomp.memory import SHARED, MemoryPart, MemoryReport, format_bytes
 from embcomp.phases import PLAIN, Phase
 from embcomp.specs import Knowledge, TableSpec, as_int, check_group
 from embcomp.storage import Ids, RowStore
-from embcomp.stretches import RangeScores, Stretch, assemble
+from embcomp.stretches import RangeScores, Stretch, assemble, check_queries
 
 if TYPE_CHECKING:
     from embcomp.budget import Budget
@@ -326,20 +326,7 @@ class EmbeddingTables(nn.Module):
         Raises:
             InputError: if they have the wrong dtype, device or last dimension.
         """
-        dtypes = (torch.float32, torch.float16, torch.bfloat16)
-        if not isinstance(queries, Tensor) or queries.dtype not in dtypes:
-            got = queries.dtype if isinstance(queries, Tensor) else type(queries).__name__
-            raise InputError(f"queries for tables {self._some_names()} must be a float32 tensor, not {got}")
-        if queries.dim() == 0 or queries.shape[-1] != self.embedding_dim:
-            raise InputError(
-                f"queries of shape {tuple(queries.shape)} for tables {self._some_names()} of dimension "
-                f"{self.embedding_dim}: they must be (..., {self.embedding_dim})"
-            )
-        if queries.device != self._sizes.device:
-            raise InputError(
-                f"queries are on {queries.device}, tables {self._some_names()} on {self._sizes.device}: move one"
-            )
-        return queries.float()
+        return check_queries(queries, self.embedding_dim, self._sizes.device, f"tables {self._some_names()}")
 
     @property
     def gradient_rows(self) -> int:
