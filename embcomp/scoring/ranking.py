@@ -19,6 +19,7 @@ from embcomp.stretches import check_chunk, ids_at_once
 QUERIES = 1024
 """Queries that are taken at once."""
 _BLOCK = 32
+_WHOLE_NUMBERS = 1 << 24
 _ROUNDING = 8
 """Scores that differ by so many units of rounding, of ``‖query‖ ‖vector‖``, count as equal in ranks."""
 
@@ -139,8 +140,7 @@ def _candidates(scores: Tensor, above: Tensor, k: int, first: int) -> tuple[Tens
     """Scores of a chunk that may be among the k best: their queries, items and values, ``(n,)`` each, in that order.
 
     Most chunks have little that is good enough. So scores are looked at in blocks: only those whose maximum is above
-    the k-th best score so far are read a second time. Moreover, the k-th largest maximum is a bound for what can be
-    among the chunk's best.
+    the k-th best score so far are read a second time. At the beginning, the k-th largest maximum is such a bound too.
 
     Args:
         scores: ``(B, n)``.
@@ -148,15 +148,18 @@ def _candidates(scores: Tensor, above: Tensor, k: int, first: int) -> tuple[Tens
         k: how many are looked for.
         first: the first item of the chunk.
     """
-    padded = F.pad(scores, (0, -scores.shape[1] % _BLOCK), value=-torch.inf)
+    missing = -scores.shape[1] % _BLOCK
+    padded = F.pad(scores, (0, missing), value=-torch.inf) if missing else scores
     blocks = padded.view(len(scores), padded.shape[1] // _BLOCK, _BLOCK)
     maxima = blocks.amax(-1)
-    if bool(maxima.isnan().any()):
+    if len(scores) and bool(maxima.amax().isnan()):
         start = first + int(maxima.isnan().nonzero()[0, 1]) * _BLOCK
         raise InputError(
             f"top_k: a score of one of the {_BLOCK} items from {start} on is NaN: are all queries and items finite?"
         )
-    least = maxima.topk(k).values[:, -1:] if maxima.shape[1] >= 2 * k else torch.full_like(above, -torch.inf)
+    least = torch.full_like(above, -torch.inf)
+    if maxima.shape[1] >= 2 * k and bool((above == -torch.inf).any()):
+        least = maxima.topk(k).values[:, -1:]
     row, block = ((maxima > above) & (maxima >= least)).nonzero(as_tuple=True)
     some = blocks[row, block]
     number, place = ((some > above[row]) & (some >= least[row])).nonzero(as_tuple=True)
@@ -190,7 +193,8 @@ def _ranks_of(scorer: ItemScorer, queries: Tensor, targets: Tensor, left_out: Te
     for ids in _ranges(scorer, queries, chunk):
         below = scores(ids).lt_(least.unsqueeze(1))
         places.fill_(below, ids, 1.0)
-        found -= below.sum(1, dtype=torch.float64).long()
+        # Ones are added up exactly in float32 as long as they are no more than its whole numbers.
+        found -= below.sum(1, dtype=below.dtype if len(ids) <= _WHOLE_NUMBERS else torch.float64).long()
     return found
 
 
