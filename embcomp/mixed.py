@@ -15,6 +15,7 @@ from embcomp.config import StrategyConfig
 from embcomp.errors import ConfigError
 from embcomp.memory import MemoryReport
 from embcomp.specs import TableSpec
+from embcomp.stretches import Stretch
 from embcomp.tables import EmbeddingTables
 
 _NOWHERE = torch.iinfo(torch.int64).max
@@ -110,6 +111,14 @@ class MixedTables(EmbeddingTables):
         if _is_eager(ids):
             return self._lookup_chosen(ids - start, part, local)
         return self._lookup_masked(ids - start, part, local, by_column=table is None)
+
+    def stretches(self, index: int, queries: Tensor) -> list[Stretch]:
+        found, stop = [], self.specs[index].num_embeddings
+        for part, own in zip(self.parts, self._by_part, strict=True):
+            for number, (owner, start, _) in enumerate(own):
+                if owner == index:
+                    found += [stretch.moved(start, stop) for stretch in part.stretches(number, queries)]
+        return sorted((stretch for stretch in found if stretch.ids), key=lambda stretch: stretch.ids.start)
 
     def widths_of(self, table: int | str) -> Tensor | None:
         index, found = self.index_of(table), []

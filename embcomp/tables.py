@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,7 +22,8 @@ from embcomp.hashing import check_range, hash_seed, hash_to_range
 from embcomp.memory import SHARED, MemoryPart, MemoryReport, format_bytes
 from embcomp.phases import PLAIN, Phase
 from embcomp.specs import Knowledge, TableSpec, as_int, check_group
-from embcomp.storage import RowStore
+from embcomp.storage import Ids, RowStore
+from embcomp.stretches import RangeScores, Stretch, assemble, check_queries
 
 if TYPE_CHECKING:
     from embcomp.budget import Budget
@@ -59,6 +61,11 @@ class EmbeddingTables(nn.Module):
     _pads: Tensor
     _unseen_seeds: Tensor
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "lookup" in vars(cls) and "stretches" not in vars(cls):
+            cls.stretches = EmbeddingTables.stretches  # type: ignore[method-assign]  # those inherited score other vectors
+
     def __init__(
         self, specs: Sequence[TableSpec], config: StrategyConfig, counts: Mapping[str, Tensor] | None = None
     ) -> None:
@@ -94,6 +101,25 @@ class EmbeddingTables(nn.Module):
             float32 ``(..., D)``.
         """
         raise NotImplementedError
+
+    def stretches(self, index: int, queries: Tensor) -> list[Stretch]:
+        """Say how the ids of a table are scored; for strategies that need not compose every vector to do so.
+
+        Args:
+            index: of the table.
+            queries: float32 ``(N, D)``.
+
+        Returns:
+            Stretches from id 0 to V. Their scores are inner products with what `lookup` returns.
+        """
+        return [Stretch(range(self.specs[index].num_embeddings), queries, partial(self._compose, index))]
+
+    def _compose(self, index: int, ids: Ids) -> Tensor:
+        return self.lookup(self.as_ids(ids), index)
+
+    def as_ids(self, ids: Ids) -> Tensor:
+        """Turn a range into int64 ``(n,)``."""
+        return torch.arange(ids.start, ids.stop, device=self._sizes.device) if isinstance(ids, range) else ids
 
     def reset_parameters(self) -> None:
         """Draw initial weights, such that composed vectors have each table's ``init_std``."""
@@ -266,19 +292,46 @@ class EmbeddingTables(nn.Module):
         chunks = [self(chunk, index) for chunk in ids.split(CHUNK)]
         return torch.cat(chunks) if chunks else self(ids, index)
 
-    def scores(self, table: int | str, queries: Tensor) -> Tensor:
-        """Inner products with every row of a table, composed chunk by chunk.
+    def scores(self, table: int | str, queries: Tensor, chunk: int | None = None) -> Tensor:
+        """Inner products with every row of a table, ``queries @ materialize(table).T``, without all rows at once.
+
+        They are composed chunk by chunk, or gathered from scores of the stored rows where that moves fewer bytes
+        (`embcomp.stretches.rows_come_first`). Beside the result this takes memory for a chunk, for at most 64 MiB of
+        scores of stored rows, and for the gradients. Differentiable: several chunks are composed again in the backward
+        pass. (Scales that are learned get gradients by LSQ's rule for the rows that a chunk reads, which depend on the
+        chunk in length, not in direction.)
 
         Args:
             table: index or name.
-            queries: float ``(..., D)``.
+            queries: float ``(..., D)``; float32, or 16 bits, which count as float32.
+            chunk: ids at once; None for as many as are fast.
 
         Returns:
-            float ``(..., V)``.
+            float32 ``(..., V)``; under autocast in its dtype.
+
+        Raises:
+            InputError: if there is no such table, or queries or chunk are wrong.
         """
         index = self.index_of(table)
-        every_id = torch.arange(self.specs[index].num_embeddings, device=self._sizes.device)
-        return torch.cat([queries @ self(chunk, index).transpose(0, 1) for chunk in every_id.split(CHUNK)], dim=-1)
+        flat = self.check_queries(queries).reshape(-1, self.embedding_dim)
+        spec = self.specs[index]
+        least = self.gradient_rows
+        found = RangeScores(self.stretches(index, flat), spec.padding_idx, least=least, chunk=chunk)
+        scores = assemble(found, flat, spec.num_embeddings, chunk, least)
+        return scores.view(*queries.shape[:-1], spec.num_embeddings)
+
+    def check_queries(self, queries: Tensor) -> Tensor:
+        """Return queries ``(..., D)`` as float32.
+
+        Raises:
+            InputError: if they have the wrong dtype, device or last dimension.
+        """
+        return check_queries(queries, self.embedding_dim, self._sizes.device, f"tables {self._some_names()}")
+
+    @property
+    def gradient_rows(self) -> int:
+        """Rows of D values that are as many values as are trained: a dense gradient of any lookup has that size."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad) // self.embedding_dim
 
     def index_of(self, table: int | str) -> int:
         """The index of a table given by name or index.

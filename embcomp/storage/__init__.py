@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from embcomp.storage.base import RowStore, Segment
+from embcomp.storage.base import Ids, RowStore, Segment
 from embcomp.storage.dense import DTYPES, DenseRows
 from embcomp.storage.formats import RowFormat
 from embcomp.storage.packed import size_of_segments
 from embcomp.storage.quantized import QuantizedRows
 
-__all__ = ["DenseRows", "QuantizedRows", "RowFormat", "RowStore", "Segment", "make_row_store", "stored_bytes"]
+__all__ = ["DenseRows", "Ids", "QuantizedRows", "RowFormat", "RowStore", "Segment", "make_row_store", "stored_bytes"]
 
 
 def make_row_store(rows: str | RowFormat, segments: Sequence[int], dim: int, sparse: bool = False) -> RowStore:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
+
+Ids = Tensor | range
+"""Int64 ``(...)``, or consecutive numbers, which need not be gathered."""
 
 Segment = Tensor | int | None
 """The segment (table) of each row: int64 broadcastable to the rows, one int, or None for column t = segment t."""
@@ -39,6 +43,21 @@ class RowStore(nn.Module):
             float32 ``(..., d)``.
         """
         raise NotImplementedError
+
+    def consecutive(self, start: int, stop: int, segment: Segment = None) -> Tensor:
+        """Look up the rows ``start``, …, ``stop - 1``, where it can be without a copy: nobody may write to the result.
+
+        Returns:
+            float32 ``(stop - start, d)``.
+        """
+        device = next(chain(self.parameters(), self.buffers())).device
+        return self(torch.arange(start, stop, device=device), segment)
+
+    def rows_from(self, first: int, rows: Ids, segment: Segment = None) -> Tensor:
+        """Look up rows that are counted from ``first`` on: `forward`, or `consecutive` for a range."""
+        if isinstance(rows, range):
+            return self.consecutive(first + rows.start, first + rows.stop, segment)
+        return self(rows + first, segment)
 
     def serve_bytes(self) -> list[int]:
         """Bytes of the serving form, per segment; shared parts are in the first segment."""

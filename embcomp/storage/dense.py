@@ -42,7 +42,14 @@ class DenseRows(RowStore):
         self.weight = nn.Parameter(torch.empty(self.num_rows, dim, dtype=dtype))
 
     def forward(self, rows: Tensor, segment: Segment = None) -> Tensor:
-        vectors = read_rows(self.weight, rows, self.sparse)
+        return self._rounded(read_rows(self.weight, rows, self.sparse))
+
+    def consecutive(self, start: int, stop: int, segment: Segment = None) -> Tensor:
+        if self.sparse and self.weight.requires_grad and torch.is_grad_enabled():
+            return super().consecutive(start, stop, segment)  # the gradient of a slice is dense
+        return self._rounded(self.weight[start:stop])
+
+    def _rounded(self, vectors: Tensor) -> Tensor:
         if self.rounding and self.weight.dtype != self.serve_dtype:
             plain = vectors.detach()
             vectors = vectors + (round_through(plain, self.serve_dtype).to(vectors.dtype) - plain)

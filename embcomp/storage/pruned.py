@@ -71,6 +71,9 @@ class PrunedRows(RowStore):
             return vectors
         return torch.where(packing.gather(mask, rows, self.dim, 1).bool(), vectors, 0.0)
 
+    def consecutive(self, start: int, stop: int, segment: Segment = None) -> Tensor:
+        return RowStore.consecutive(self, start, stop, segment)  # not the rows as they are, which a plain store gives
+
     def train(self, mode: bool = True) -> Self:
         """Switch between training and evaluation."""
         super().train(mode)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from embcomp.config import StrategyConfig, check_at_least, check_choice
 from embcomp.hashing import hash_seed, hash_to_range
 from embcomp.specs import TableSpec
-from embcomp.storage import make_row_store
+from embcomp.storage import Ids, make_row_store
+from embcomp.stretches import RowTerm, Stretch
 from embcomp.tables import EmbeddingTables
 
 PROJECTIONS = ("linear", "none")
@@ -70,6 +72,22 @@ class ProjectedTables(EmbeddingTables):
         if isinstance(table, int):
             return narrow @ matrix
         return torch.einsum("...d,...dk->...k", narrow, matrix)
+
+    def stretches(self, index: int, queries: Tensor) -> list[Stretch]:
+        ids, start = range(self.specs[index].num_embeddings), self.rows.starts()[index]
+        if self.config.projection == "none":
+            narrow = queries[:, : self.dim]
+        else:
+            narrow = queries @ self.projection[index].to(queries.dtype).transpose(0, 1)
+        if self.config.share == 1:
+            return [Stretch(ids, narrow, partial(self.rows.rows_from, start, segment=index))]
+
+        def shared(own: Ids) -> Tensor:
+            return self.rows(self._row(self.as_ids(own), index) + start, index)
+
+        size = self.rows.segments[index]
+        term = RowTerm(narrow, self.rows, start, size, index, lambda own: [self._row(own, index)])
+        return [Stretch(ids, narrow, shared, [term])]
 
     def _row(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
         if self.config.share == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from embcomp.strategies._partitions import (
     strides,
     uneven_parts,
 )
+from embcomp.stretches import RowTerm, Stretch
 from embcomp.tables import EmbeddingTables
 
 COMBINES = ("product", "sum", "concat")
@@ -121,6 +123,24 @@ class CompositionalTables(EmbeddingTables):
                 row = row.masked_fill_(self.pick(self._whole, table).unsqueeze(-1), 0.0)
             vectors = vectors.add_(row) if self.combine == "sum" else torch.addcmul(vectors, vectors, row)
         return vectors
+
+    def stretches(self, index: int, queries: Tensor) -> list[Stretch]:
+        [plain] = super().stretches(index, queries)
+        if self.is_whole[index] and self.combine != "concat" and not self.config.shuffle:
+            segment, first, _ = self._rows_in(0, index)
+            return [replace(plain, vectors=partial(self.store(0).rows_from, first, segment=segment))]
+        if self.is_whole[index] or self.combine == "product":  # no product of scores is the score of a product
+            return [plain]
+        blocks = queries.split(self.store(0).dim, dim=1) if self.combine == "concat" else [queries] * self.num_parts
+        return [replace(plain, terms=[self._term(part, index, block) for part, block in enumerate(blocks)])]
+
+    def _term(self, part: int, table: int, queries: Tensor) -> RowTerm:
+        segment, first, size = self._rows_in(part, table)
+
+        def places(ids: Tensor) -> list[Tensor]:
+            return [self._class_of(part, self._permuted(ids, table), table)]
+
+        return RowTerm(queries, self.store(part), first, size, segment, places)
 
     def _row(self, part: int, ids: Tensor, table: Tensor | int | None) -> Tensor:
         classes = self._class_of(part, ids, table) + self.pick(self._starts, table)[..., part]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from embcomp.config import StrategyConfig, register_strategy
 from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import make_row_store
+from embcomp.stretches import Stretch
 from embcomp.tables import EmbeddingTables
 
 
@@ -40,6 +42,10 @@ class FullTables(EmbeddingTables):
 
     def lookup(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
         return self.rows(ids + self.pick(self._starts, table), table)
+
+    def stretches(self, index: int, queries: Tensor) -> list[Stretch]:
+        ids = range(self.specs[index].num_embeddings)
+        return [Stretch(ids, queries, partial(self.rows.rows_from, self.rows.starts()[index], segment=index))]
 
     def widths_of(self, table: int | str) -> Tensor:
         number = self.specs[self.index_of(table)].num_embeddings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from embcomp.storage import make_row_store
 from embcomp.strategies._allocation import allocate_rows, check_table_names
 from embcomp.strategies._fitting import fit_importance, fit_summed_rows, shared_means
 from embcomp.strategies._hash_sizes import importance_format, largest_rows, rows_worth, smallest_rows, width_of
+from embcomp.stretches import RowTerm, Stretch
 from embcomp.tables import EmbeddingTables
 
 COMBINES = ("sum", "mean", "concat", "weighted")
@@ -139,6 +141,28 @@ class HashTables(EmbeddingTables):
             row = self.rows(self._rows_of(ids, table, number, own), table)
             vectors = vectors.addcmul_(row, importance[..., number : number + 1])
         return vectors
+
+    def stretches(self, index: int, queries: Tensor) -> list[Stretch]:
+        [plain] = super().stretches(index, queries)
+        start, size = self.rows.starts()[index], self.num_rows[index]
+        if self._owners["rows"][index]:
+            own = partial(self.rows.rows_from, start, segment=index)
+            return [plain if self.combine == "concat" else replace(plain, vectors=own)]
+
+        def term(part: Tensor, first: int, numbers: Sequence[int]) -> RowTerm:
+            def places(ids: Tensor) -> list[Tensor]:
+                return [self._rows_of(ids, index, number, own=False) - first for number in numbers]
+
+            return RowTerm(part, self.rows, first, size, index, places, len(numbers))
+
+        if self.combine == "concat":
+            parts = enumerate(queries.split(self.rows.dim, dim=1))
+            return [replace(plain, terms=[term(part, start + j * size, [j]) for j, part in parts])]
+        scaled = queries if self._scales is None else queries * self.pick(self._scales, index)
+        summed = term(scaled, start, range(self.num_hashes))
+        if self.combine == "weighted":
+            summed = replace(summed, weights=lambda ids: self.importance(self._buckets_of(ids, index), index))
+        return [replace(plain, terms=[summed])]
 
     def _rows_of(self, ids: Tensor, table: Tensor | int | None, number: int, own: Tensor | bool) -> Tensor:
         """Stored rows that one hash function gives: int64, the shape of ``ids``."""

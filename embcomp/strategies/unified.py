@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import make_row_store
 from embcomp.strategies._unified_diagnostics import UnifiedDiagnostics, diagnose, first_layer_overlap
 from embcomp.strategies._unified_sizes import check_choices, chunk_dim_of, complete_sizes, row_range
+from embcomp.stretches import RowTerm, Stretch
 from embcomp.tables import CHUNK, EmbeddingTables
 
 READERS = ("none", "sign", "diagonal")
@@ -120,6 +121,25 @@ class UnifiedTables(EmbeddingTables):
         if self.config.reader == "diagonal":
             vectors = vectors * self.pick(self.diagonal, table)
         return vectors
+
+    def stretches(self, index: int, queries: Tensor) -> list[Stretch]:
+        [plain] = super().stretches(index, queries)
+        if self.is_exempt[index]:
+            return [plain]
+        if self._factors is not None:
+            queries = queries[:, : self.slots * self.chunk_dim] * self._factors[index]
+        if self.config.reader == "diagonal":
+            queries = queries * self.diagonal[index, : queries.shape[1]]
+        blocks = queries.split(self.chunk_dim, dim=1)[: self.num_lookups[index]]
+        return [replace(plain, terms=[self._term(index, lookup, block) for lookup, block in enumerate(blocks)])]
+
+    def _term(self, table: int, lookup: int, queries: Tensor) -> RowTerm:
+        first, size = self._pools[table][lookup]
+
+        def places(ids: Tensor) -> list[Tensor]:
+            return [hash_to_range(ids, self._seeds[table, lookup], size)]
+
+        return RowTerm(queries, self.rows, first, size, 0, places)
 
     def rows_of(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
         """Say which stored rows ids use.
@@ -271,11 +291,12 @@ class UnifiedTables(EmbeddingTables):
         self.constant("_exempt", torch.tensor(self.is_exempt, device="cpu").unsqueeze(1))
         firsts = [[self.exact_starts.get(index, 0) + j for j in slots] for index in range(self.num_tables)]
         self._pairs("_first_exact_rows", firsts)
+        bounds = [pool_rows * part // config.sub_tables for part in range(config.sub_tables + 1)]
+        parts = [[(hash_seed(name, "part") + j) % config.sub_tables for j in own] for name, own in named]
+        self._pools = [[(bounds[part], bounds[part + 1] - bounds[part]) for part in own] for own in parts]
         if config.sub_tables > 1:
-            bounds = [pool_rows * part // config.sub_tables for part in range(config.sub_tables + 1)]
-            parts = [[(hash_seed(name, "part") + j) % config.sub_tables for j in own] for name, own in named]
-            self._pairs("_pool_starts", [[bounds[part] for part in own] for own in parts])
-            self._pairs("_pool_sizes", [[bounds[part + 1] - bounds[part] for part in own] for own in parts])
+            self._pairs("_pool_starts", [[start for start, _ in own] for own in self._pools])
+            self._pairs("_pool_sizes", [[size for _, size in own] for own in self._pools])
 
     def _pairs(self, name: str, values: list[list[int]]) -> None:
         self.constant(name, torch.tensor(values, dtype=torch.int64, device="cpu"))

@@ -1,0 +1,210 @@
+"""Sampled softmax: cross-entropy against a few items drawn from the catalogue, corrected for how they were drawn."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from embcomp.errors import InputError, did_you_mean
+from embcomp.scoring._checks import check_items, check_matrix
+from embcomp.scoring.scorers import ItemScorer
+from embcomp.scoring.softmax import check_reduction
+
+KINDS = ("counts", "log_uniform", "uniform")
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """Items that were drawn.
+
+    Attributes:
+        ids: int64 ``(S,)`` for all queries alike, or ``(N, S)``.
+        log_counts: float, the same shape: the log of how often each item is drawn on average.
+    """
+
+    ids: Tensor
+    log_counts: Tensor
+
+
+class NegativeSampler:
+    """Draws items, with replacement, and knows how likely each is.
+
+    Args:
+        kind: ``"uniform"``; ``"log_uniform"``, P(id) ~ log((id + 2) / (id + 1)), about 1 / (id + 1.5), for items that
+            are numbered by falling frequency; or ``"counts"``, P(id) ~ count ** power.
+        num_items: V; None to take it from the counts.
+        counts: ``(V,)``, how often items occur; those that never do count as occurring once, since what is never drawn
+            can't be corrected for. Needed for ``"counts"``.
+        power: 1 for items as they occur, less to draw frequent ones less often.
+        seed: of the generator, on CPU, which the draws follow one another from.
+
+    Raises:
+        InputError: if the kind is unknown, or counts and the number of items are missing, wrong or don't agree.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        num_items: int | None = None,
+        counts: Any = None,
+        power: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        if kind not in KINDS:
+            raise InputError(f"NegativeSampler(kind={kind!r}); {did_you_mean(kind, KINDS)}")
+        known = None if counts is None else _checked_counts(counts)
+        if known is None and kind == "counts":
+            raise InputError("NegativeSampler(kind='counts') needs counts=")
+        if num_items is None:
+            num_items = 0 if known is None else len(known)
+        if num_items < 1 or (known is not None and len(known) != num_items):
+            found = "" if known is None else f", but {len(known)} counts"
+            raise InputError(f"NegativeSampler(num_items={num_items}{found}): give the number of items, at least 1")
+        self.kind, self.num_items = kind, num_items
+        self.generator = torch.Generator().manual_seed(seed)
+        self._log_probabilities: Tensor | None = None
+        if kind == "counts" and known is not None:
+            weights = known.clamp_min(1) ** power
+            self._sums = weights.cumsum(0)
+            self._log_probabilities = (weights.log() - self._sums[-1].log()).float()
+
+    def draw(self, number: int, device: torch.device | str = "cpu") -> Negatives:
+        """Draw items for all queries of a batch.
+
+        Args:
+            number: S, how many.
+            device: of the result.
+
+        Returns:
+            Items ``(S,)``, the same one perhaps more than once, each drawn ``S · P(id)`` times on average.
+
+        Raises:
+            InputError: if the number is not an int of at least 1.
+        """
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise InputError(f"draw({number!r}): give the number of items to draw, an int of at least 1")
+        if self.kind == "uniform":
+            ids = torch.randint(self.num_items, (number,), generator=self.generator)
+        else:
+            chance = torch.rand(number, dtype=torch.float64, generator=self.generator)
+            if self.kind == "counts":
+                ids = torch.searchsorted(self._sums, chance * self._sums[-1], right=True)
+            else:
+                ids = (chance * math.log(self.num_items + 1)).exp().long() - 1
+            ids = ids.clamp_(max=self.num_items - 1)
+        found = Negatives(ids, self.log_probabilities(ids) + math.log(number))
+        return Negatives(found.ids.to(device), found.log_counts.to(device))
+
+    def in_batch(self, targets: Tensor) -> Negatives:
+        """Take the targets of a batch as each other's negatives, as if they had been drawn by this sampler.
+
+        Targets are drawn as items occur, so the sampler's kind should be ``"counts"`` with power 1, or what comes
+        near to it. A query's own target is left out as an accidental hit: N - 1 draws remain.
+
+        Args:
+            targets: int64 ``(N,)``, none of them ignored.
+
+        Returns:
+            Items ``(N,)``, each drawn ``(N - 1) · P(id)`` times on average.
+        """
+        return Negatives(targets, self.log_probabilities(targets) + math.log(max(len(targets) - 1, 1)))
+
+    def log_probabilities(self, ids: Tensor) -> Tensor:
+        """Log of the chance of each item in one draw: int64 ``(...)`` to float32 ``(...)``."""
+        if self.kind == "uniform":
+            return torch.full(ids.shape, -math.log(self.num_items), device=ids.device)
+        if self._log_probabilities is not None:
+            return self._log_probabilities[ids.to(self._log_probabilities.device)].to(ids.device)
+        return ((1 / (ids.double() + 1)).log1p() / math.log(self.num_items + 1)).log().float()
+
+
+def sampled_cross_entropy(
+    scorer: ItemScorer,
+    queries: Tensor,
+    targets: Tensor,
+    negatives: Negatives | Tensor,
+    remove_hits: bool = True,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of the softmax over a target and sampled items: an estimate of `cross_entropy`.
+
+    The sum over the catalogue, ``exp(s_target) + Σ_{j ≠ target} exp(s_j)``, is estimated by
+    ``exp(s_target) + Σ_{sampled j ≠ target} exp(s_j) / c_j``, c_j being how often item j is drawn on average. The
+    estimate of the sum is unbiased; that of its logarithm, and so of the loss, is too small on average, the less so the
+    more items are drawn. To subtract ``log c_j`` from scores is called the logQ correction (for negatives in the batch:
+    "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations", Yi et al., RecSys 2019). The target
+    is there in any case, so its own score is left as it is; the bias of correcting that too is the subject of
+    "Correcting the LogQ Correction: Revisiting Sampled Softmax for Large-Scale Retrieval" (arXiv 2507.09331).
+
+    Args:
+        scorer: the catalogue of V items.
+        queries: float ``(N, D)``.
+        targets: int64 ``(N,)``, items, or ``ignore_index``.
+        negatives: what `NegativeSampler` has drawn, ``(S,)`` or ``(N, S)``; or int64 items alone, uncorrected.
+        remove_hits: leave out negatives that are the query's own target, as the estimate above does.
+        ignore_index: the target of queries that don't count.
+        reduction: ``"mean"`` over the queries that count (NaN where there is none), ``"sum"`` or ``"none"``.
+
+    Returns:
+        A scalar, or ``(N,)`` with zeros for queries that don't count; float32, or float64 where scores are.
+
+    Raises:
+        InputError: if an argument has the wrong dtype, shape, device or value.
+    """
+    queries = check_matrix(scorer, queries)
+    targets = check_items(scorer, "targets", targets, (len(queries),), allowed=ignore_index)
+    check_reduction(reduction)
+    drawn, log_counts = _checked_negatives(scorer, queries, negatives)
+    counts = targets != ignore_index
+    own = targets.where(counts, 0)
+    logits = _sampled_logits(scorer, queries, own, drawn)
+    others = logits[:, 1:] if log_counts is None else logits[:, 1:] - log_counts.to(logits.dtype)
+    if remove_hits:
+        others = others.masked_fill(drawn == own.unsqueeze(1), -torch.inf)
+    logits = torch.cat([logits[:, :1], others], dim=1)
+    first = torch.zeros_like(own).masked_fill(~counts, ignore_index)
+    return F.cross_entropy(logits, first, ignore_index=ignore_index, reduction=reduction)
+
+
+def _sampled_logits(scorer: ItemScorer, queries: Tensor, targets: Tensor, drawn: Tensor) -> Tensor:
+    """Scores of targets ``(N,)`` and of drawn items ``(S,)`` or ``(N, S)``, looked up together: ``(N, 1 + S)``."""
+    vectors = scorer.vectors(torch.cat([targets, drawn.reshape(-1)]))
+    own, others = vectors[: len(targets)], vectors[len(targets) :]
+    found = [(queries * own).sum(1, keepdim=True)]
+    if drawn.dim() == 1:
+        found.append(queries @ others.transpose(0, 1))
+    else:
+        found.append((others.view(*drawn.shape, -1) @ queries.unsqueeze(-1)).squeeze(-1))
+    if scorer.bias is not None:
+        found = [found[0] + scorer.bias[targets].unsqueeze(1), found[1] + scorer.bias[drawn]]
+    dtype = torch.promote_types(vectors.dtype, torch.float32)
+    return torch.cat([scores.to(dtype) for scores in found], dim=1)
+
+
+def _checked_negatives(
+    scorer: ItemScorer, queries: Tensor, negatives: Negatives | Tensor
+) -> tuple[Tensor, Tensor | None]:
+    drawn, log_counts = (negatives.ids, negatives.log_counts) if isinstance(negatives, Negatives) else (negatives, None)
+    by_query = isinstance(drawn, Tensor) and drawn.dim() == 2
+    drawn = check_items(scorer, "negatives", drawn, (len(queries), None) if by_query else (None,))
+    if log_counts is None:
+        return drawn, None
+    if not log_counts.is_floating_point() or log_counts.shape != drawn.shape or log_counts.device != drawn.device:
+        raise InputError(
+            f"log_counts of {log_counts.dtype} {tuple(log_counts.shape)} on {log_counts.device}: negatives "
+            f"{tuple(drawn.shape)} on {drawn.device} need a float for each"
+        )
+    return drawn, log_counts
+
+
+def _checked_counts(counts: Any) -> Tensor:
+    found = torch.as_tensor(counts).double().cpu()
+    if found.dim() != 1 or not bool((found.isfinite() & (found >= 0)).all()):
+        raise InputError(f"counts of shape {tuple(found.shape)} must be (V,), finite and at least 0")
+    return found
