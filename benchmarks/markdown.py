@@ -11,21 +11,23 @@ from benchmarks.results import METRICS
 from benchmarks.sections import Section
 from embcomp import format_bytes
 
+_HEAD = ("", "strategy", "budget", "bytes served", "of float32", "sparsity")
 
-def markdown_report(sections: Sequence[Section], metric: str = "test_auc") -> str:
+
+def markdown_report(sections: Sequence[Section]) -> str:
     """The table of every section, with the Pareto front marked, and what could not be run below it."""
-    return "\n".join(_section(section, metric) for section in sections)
+    return "\n".join(_section(section) for section in sections)
 
 
-def _section(section: Section, metric: str) -> str:
+def _section(section: Section) -> str:
     names = section.names
     lines = [f"## {section.title}\n", f"{section.rows[0].upper()}{section.rows[1:]}."]
     lines += [f"Made by `{section.command}`."] if section.command else [f"Experiment `{names['experiment']}`."]
     lines += ["Means ± standard deviations over seeds; ★ marks the Pareto front of bytes and quality.", ""]
     if len(section.points):
-        head = ["", "strategy", "budget", "bytes served", "of float32", "sparsity", METRICS[metric].title, "to float32"]
-        rows = [_row(row, metric) for _, row in section.points.iterrows()]
-        lines += [*_table([*head, "test log loss", "seeds"], rows), ""]
+        title, beside = METRICS[section.metric].title, METRICS[section.beside].title
+        head = [*_HEAD, title, "to float32", beside, "seeds"]
+        lines += [*_table(head, [_row(row, section) for _, row in section.points.iterrows()]), ""]
     if len(infeasible := section.infeasible):
         told = [
             f"{cell.label} at {cell.budget} (≥ {format_bytes(cell.minimum_bytes)})" for cell in infeasible.itertuples()
@@ -36,7 +38,7 @@ def _section(section: Section, metric: str) -> str:
     return "\n".join(lines)
 
 
-def _row(row: pd.Series, metric: str) -> list[str]:
+def _row(row: pd.Series, section: Section) -> list[str]:
     return [
         "★" if row.on_front else "",
         str(row.label),
@@ -44,9 +46,9 @@ def _row(row: pd.Series, metric: str) -> list[str]:
         f"{row.bytes:,}",
         f"{row.share:.2%}",
         "" if math.isnan(row.sparsity) else f"{row.sparsity:.1%}",
-        with_std(row, metric),
+        with_std(row, section.metric),
         "" if math.isnan(row.gap) else f"{row.gap:+.4f}",
-        with_std(row, "test_log_loss"),
+        with_std(row, section.beside),
         str(row.seeds),
     ]
 

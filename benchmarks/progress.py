@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.results import FAILED, SUCCESS, CellResult, write_whole
+from benchmarks.results import FAILED, METRICS, SUCCESS, CellResult, main_metrics, write_whole
 from benchmarks.runner import ELSEWHERE, Outcome
 from embcomp import format_bytes
 
@@ -53,14 +53,18 @@ def note_of(cell: str, path: Path, outcome: Outcome) -> Note:
 def describe(result: CellResult) -> str:
     """A result in one line."""
     if result.status == SUCCESS:
-        auc, loss = result.metric("test_auc"), result.metric("test_log_loss")
         served, full = result.sizes.served_bytes or 0, result.sizes.float32_bytes or 1
-        quality = f"test AUC {'undefined' if auc is None else f'{auc:.5f}'}, log loss {loss:.5f}"
+        quality = ", ".join(_told(result, name) for name in main_metrics(result.metrics))
         return f"{quality}, {format_bytes(served)} ({served / full:.2%} of float32), {result.wall_seconds:.1f} s"
     if result.status == FAILED:
         error = result.error or {}
         return f"failed: {error.get('type')}: {error.get('message')}"
     return f"infeasible: {result.strategy} needs at least {result.sizes.minimum_bytes} B"
+
+
+def _told(result: CellResult, name: str) -> str:
+    value = result.metric(name)
+    return f"{METRICS[name].title} {'undefined' if value is None else f'{value:.5f}'}"
 
 
 def write_note(folder: Path, note: Note) -> None:

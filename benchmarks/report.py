@@ -24,13 +24,13 @@ from benchmarks.sections import Section, build_sections
 from embcomp import format_bytes
 
 
-def write_report(folder: Path, path: Path, metric: str = "test_auc") -> tuple[list[Section], list[str]]:
+def write_report(folder: Path, path: Path, metric: str | None = None) -> tuple[list[Section], list[str]]:
     """Read the results in a folder and write their report.
 
     Args:
         folder: of results.
         path: of the page.
-        metric: by which fronts are drawn and choices made.
+        metric: by which fronts are drawn and choices made, in groups that have it; None for each task's first.
 
     Returns:
         what it says, and a line on each file that was left out.
@@ -40,27 +40,23 @@ def write_report(folder: Path, path: Path, metric: str = "test_auc") -> tuple[li
     """
     results, skipped = read_results(folder)
     sections = build_sections(results, metric)
-    write_whole(path, html_report(sections, results, skipped, metric))
+    write_whole(path, html_report(sections, results, skipped))
     return sections, skipped
 
 
-def html_report(
-    sections: Sequence[Section], results: Sequence[CellResult], skipped: Sequence[str], metric: str = "test_auc"
-) -> str:
+def html_report(sections: Sequence[Section], results: Sequence[CellResult], skipped: Sequence[str]) -> str:
     """Write a report as one HTML page, scripts and styles inside.
 
     Args:
         sections: of `build_sections`.
         results: all results.
         skipped: a line on each file that was left out.
-        metric: by which fronts are drawn and choices made.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"bytes": format_bytes, "number": number, "signed": signed, "percent": percent}
     template = environment.from_string(_resource("report.html.j2"))
     return template.render(
         sections=sections,
-        metric=metric,
         metrics=METRICS,
         skipped=skipped,
         counts=pd.Series([result.status for result in results]).value_counts().to_dict(),
@@ -120,13 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", "--output", type=Path, help="the page; default: RESULTS/report.html")
     parser.add_argument("--markdown", type=Path, help="also write the tables as Markdown; - for the terminal")
     parser.add_argument("--pictures", type=Path, help="folder to also write the pictures of what was kept to, as SVG")
-    parser.add_argument("--metric", choices=list(METRICS), default="test_auc", help="by which fronts are drawn")
+    parser.add_argument("--metric", choices=list(METRICS), help="by which fronts are drawn")
     given = parser.parse_args(arguments)
     path = given.output or given.results / "report.html"
     try:
         sections, skipped = write_report(given.results, path, given.metric)
         if given.markdown and str(given.markdown) != "-":
-            write_whole(given.markdown, markdown_report(sections, given.metric))
+            write_whole(given.markdown, markdown_report(sections))
         if given.pictures:
             write_pictures(sections, given.pictures)
     except ResultError as error:
@@ -135,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for line in skipped:
         print(f"left out: {line}", file=sys.stderr)
     if str(given.markdown) == "-":
-        print(markdown_report(sections, given.metric))
+        print(markdown_report(sections))
     print(f"report: {path.resolve()}", file=sys.stderr)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,28 @@ class Metric:
     higher_is_better: bool
 
 
+_TITLES = {"ndcg": "NDCG", "hr": "HR", "mrr": "MRR"}
+_RANKING = {f"{name}@{cutoff}": f"{title}@{cutoff}" for cutoff in (10, 20) for name, title in _TITLES.items()}
+
 METRICS = {
     "test_auc": Metric("test AUC", True),
     "test_log_loss": Metric("test log loss", False),
     "validation_auc": Metric("validation AUC", True),
     "validation_log_loss": Metric("validation log loss", False),
     "trained_validation_auc": Metric("validation AUC before finalizing", True),
+    **{f"test_{name}": Metric(f"test {title}", True) for name, title in _RANKING.items()},
+    **{f"validation_{name}": Metric(f"validation {title}", True) for name, title in _RANKING.items()},
+    "trained_validation_ndcg@10": Metric("validation NDCG@10 before finalizing", True),
 }
-"""Name -> metric; all are of the finalized tables, but for the last."""
+"""Name -> metric; all are of the finalized tables, but for those that say so."""
+
+MAIN = (("test_auc", "test_log_loss"), ("test_ndcg@10", "test_mrr@20"))
+"""By task, the metric that decides, and the one that is shown beside it."""
+
+
+def main_metrics(names: Collection[str]) -> tuple[str, str]:
+    """The two metrics of the task that has some of these names; those of clicks where there is none."""
+    return next((pair for pair in MAIN if pair[0] in names), MAIN[0])
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,7 @@ class CellResult:
             and ``sparsity``, the share of the V × D values of plain tables that are not stored; both only where ids
             have values for themselves.
         metrics: name -> ``{"value": float | None, "higher_is_better": bool}``; None where it is undefined.
+        slices: part of the test split -> its ``"cases"`` and metrics, of session models.
         sizes: bytes.
         training: epochs, steps, seconds, ``samples_per_second``, phases, and the history of evaluations. A phase that
             is ``shared`` was done by a cell of another budget: its seconds are in that cell's ``wall_seconds`` alone.
@@ -123,6 +138,7 @@ class CellResult:
     sizes: Sizes = field(default_factory=Sizes)
     training: dict[str, Any] = field(default_factory=dict)
     lookup: dict[str, dict[str, Any]] = field(default_factory=dict)
+    slices: dict[str, dict[str, float]] = field(default_factory=dict)
     error: dict[str, str] | None = None
     schema_version: int = SCHEMA_VERSION
 

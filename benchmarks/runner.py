@@ -30,12 +30,10 @@ from benchmarks.measure import (
     saved_bytes,
     state_bytes,
 )
-from benchmarks.results import FAILED, INFEASIBLE, SUCCESS, CellResult, Sizes, metric_values, write_result, write_whole
+from benchmarks.results import FAILED, INFEASIBLE, SUCCESS, CellResult, Sizes, write_result, write_whole
+from benchmarks.workloads import Workload, workload_of
 from embcomp import EmbeddingTables, Plan, StrategyConfig, config_to_dict, make_config, plan
 from embcomp.errors import BudgetError, ConfigError
-from recsys_models.ctr import CTRModel, build_model, get_model
-from recsys_models.data import ClickLog, load_dataset
-from recsys_models.metrics import evaluate
 from recsys_models.training import TrainingConfig, TrainingResult, fit
 
 logger = logging.getLogger(__name__)
@@ -116,6 +114,7 @@ def run_cell(cell: Cell) -> CellResult:
         dataset=notes.dataset,
         tables=notes.tables,
         metrics=notes.metrics,
+        slices=notes.slices,
         training=notes.training,
         lookup=notes.lookup,
     )
@@ -130,26 +129,23 @@ class _Notes:
     sizes: dict[str, int | None] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    slices: dict[str, dict[str, float]] = field(default_factory=dict)
     lookup: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def _measure(cell: Cell, notes: _Notes) -> None:
-    config = cell.config
     strategy, training = _strategy(cell), _training(cell)
-    get_model(config["model"]["name"])
-    data = load_dataset(
-        config["data"]["name"], config.get("data_root"), config.get("data_cache"), **_options(config["data"])
-    )
-    notes.dataset = _about(data)
-    planned = _plan(cell, data, strategy, notes.sizes)
+    workload = workload_of(cell.config)
+    notes.dataset = workload.about()
+    planned = _plan(cell, workload, strategy, notes.sizes)
     notes.tables = config_to_dict(planned.config)
     torch.manual_seed(cell.seed)
     tables = planned.build()
     notes.sizes["built_bytes"] = tables.memory().serve_bytes
     optimizer = training.embedding_optimizer or training.optimizer
     notes.sizes["train_bytes"] = tables.memory().train_bytes(optimizer)
-    model = build_model(config["model"]["name"], tables, len(data.dense_names), **_options(config["model"]))
-    trained = fit(model, data, training, shared_dir=_shared_folder() / f"{cell.series}-{cell.seed}")
+    model = workload.build(tables)
+    trained = fit(model, workload.data, training, shared_dir=_shared_folder() / f"{cell.series}-{cell.seed}")
     _forget_old_phases()
     notes.training = _about_training(trained)
     tables.finalize_()
@@ -157,15 +153,16 @@ def _measure(cell: Cell, notes: _Notes) -> None:
     notes.tables = config_to_dict(tables.config) | {"mean_widths_by_decile": _by_decile(widths)}
     if len(widths) == len(tables.names):
         notes.tables["sparsity"] = _sparsity(tables, widths)
-    notes.metrics = _quality(model, data, trained)
+    quality = workload.quality(model, trained)
+    notes.metrics, notes.slices = quality.metrics, quality.slices
     notes.sizes |= {
         "served_bytes": state_bytes(tables),
         "model_bytes": state_bytes(model),
         "file_bytes": saved_bytes(tables),
     }
     _check_budget(notes.sizes)
-    ids = data.test.batches(len(data.test), device=next(iter(tables.state_dict().values())).device)
-    notes.lookup = lookup_latency(tables, next(iter(ids)).ids)
+    device = next(iter(tables.state_dict().values())).device
+    notes.lookup = lookup_latency(tables, workload.lookup_ids().to(device))
 
 
 @functools.lru_cache(maxsize=1)
@@ -210,46 +207,18 @@ def _training(cell: Cell) -> TrainingConfig:
     return TrainingConfig(**{**options, "seed": cell.seed})
 
 
-def _plan(cell: Cell, data: ClickLog, strategy: StrategyConfig, sizes: dict[str, int | None]) -> Plan:
-    model, config = get_model(cell.config["model"]["name"]), cell.config
-    specs = model.table_specs(data.fields, int(config["embedding_dim"]), float(config["init_std"]))
+def _plan(cell: Cell, workload: Workload, strategy: StrategyConfig, sizes: dict[str, int | None]) -> Plan:
+    specs = workload.specs()
     sizes["float32_bytes"] = sum(spec.full_bytes for spec in specs)
-    counts = {known.name: torch.from_numpy(known.counts) for known in data.fields}
-    planned = plan(specs, strategy, cell.budget, counts)
+    planned = plan(specs, strategy, cell.budget, workload.counts())
     sizes["budget_bytes"], sizes["planned_bytes"] = planned.budget_bytes, planned.report.serve_bytes
     return planned
-
-
-def _quality(model: CTRModel, data: ClickLog, trained: TrainingResult) -> dict[str, dict[str, Any]]:
-    test, validation = evaluate(model, data.test), evaluate(model, data.validation)
-    return metric_values(
-        {
-            "test_auc": test.auc,
-            "test_log_loss": test.log_loss,
-            "validation_auc": validation.auc,
-            "validation_log_loss": validation.log_loss,
-            "trained_validation_auc": trained.best.metrics["auc"],
-        }
-    )
 
 
 def _check_budget(sizes: Mapping[str, int | None]) -> None:
     budget, served = sizes["budget_bytes"], sizes["served_bytes"]
     if budget is not None and served is not None and served > budget:
         raise ResultError(f"the finalized tables take {served} B, over the budget of {budget} B: a bug in the strategy")
-
-
-def _about(data: ClickLog) -> dict[str, Any]:
-    return {
-        "name": data.name,
-        "content_hash": data.content_hash,
-        "train_rows": len(data.train),
-        "validation_rows": len(data.validation),
-        "test_rows": len(data.test),
-        "num_fields": len(data.fields),
-        "num_dense": len(data.dense_names),
-        "num_ids": sum(known.num_ids for known in data.fields),
-    }
 
 
 def _about_training(trained: TrainingResult) -> dict[str, Any]:
@@ -274,16 +243,18 @@ def _about_training(trained: TrainingResult) -> dict[str, Any]:
             }
             for phase in trained.phases
         ],
-        "history": [{name: _finite(value) for name, value in values.items()} for values in evaluations],
+        "history": [_flat(values) for values in evaluations],
     }
+
+
+def _flat(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation with its metrics beside what else it says."""
+    values = {**evaluation.pop("metrics"), **evaluation}
+    return {name: _finite(value) for name, value in values.items()}
 
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and value != value else value
-
-
-def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name != "name"}
 
 
 def _describe(error: BaseException) -> dict[str, str]:

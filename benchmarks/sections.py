@@ -13,7 +13,7 @@ from benchmarks.figures import quality_plot, styles_of
 from benchmarks.frames import Choice, cell_frame, choices, groups_of, point_frame
 from benchmarks.kept import kept_picture, kept_widths
 from benchmarks.overrides import options_of
-from benchmarks.results import FAILED, INFEASIBLE, CellResult
+from benchmarks.results import FAILED, INFEASIBLE, METRICS, CellResult, main_metrics
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Section:
         anchor: for links.
         names: of the group, see `benchmarks.frames.GROUP`.
         cells: one row per cell.
+        metric: by which the front is drawn and choices are made.
+        beside: another, that is shown beside it.
         points: one row per series and budget.
         choices: the best point of every budget.
         command: that runs all of it again.
@@ -37,6 +39,8 @@ class Section:
     anchor: str
     names: dict[str, str]
     cells: pd.DataFrame
+    metric: str
+    beside: str
     points: pd.DataFrame
     choices: list[Choice]
     command: str
@@ -56,28 +60,55 @@ class Section:
         return cells.sort_values("minimum_bytes").drop_duplicates(["series", "budget"], keep="last")
 
 
-def build_sections(results: Sequence[CellResult], metric: str = "test_auc") -> list[Section]:
-    """Group results by experiment, data set and model, and work out what to say about each."""
+def build_sections(results: Sequence[CellResult], metric: str | None = None) -> list[Section]:
+    """Group results by experiment, data set and model, and work out what to say about each.
+
+    Args:
+        results: all of them.
+        metric: by which fronts are drawn and choices made, in groups that have it; None for the task's first.
+    """
     cells = cell_frame(results)
     styles = styles_of(list(cells.label))
     sections = []
     for number, (names, group) in enumerate(groups_of(cells)):
-        points = point_frame(group, metric)
+        chosen_by, beside = _metrics(group, metric)
+        points = point_frame(group, chosen_by)
         figure = Markup()
         if len(points) > 1:
-            plot = quality_plot(points, styles, metric)
+            plot = quality_plot(points, styles, chosen_by)
             config = {"displaylogo": False, "responsive": True}
             figure = Markup(
                 plot.to_html(full_html=False, include_plotlyjs=False, div_id=f"plot{number}", config=config)
             )
-        chosen = choices(points, metric) if len(points) else []
+        chosen = choices(points, chosen_by) if len(points) else []
         sizes = next((r.dataset for r in results if r.dataset.get("content_hash") == names["data_hash"]), {})
         title = f"{names['data']}, {names['model']}"
         kept = _kept(group, results)
         sections.append(
-            Section(title, f"group{number}", names, group, points, chosen, _command(names), _sizes(sizes), figure, kept)
+            Section(
+                title,
+                f"group{number}",
+                names,
+                group,
+                chosen_by,
+                beside,
+                points,
+                chosen,
+                _command(names),
+                _sizes(sizes),
+                figure,
+                kept,
+            )
         )
     return sections
+
+
+def _metrics(cells: pd.DataFrame, metric: str | None) -> tuple[str, str]:
+    """The metric that decides in a group, and the one beside it."""
+    main, second = main_metrics([name for name in METRICS if cells[name].notna().any()])
+    if metric is None or metric == main or cells[metric].isna().all():
+        return main, second
+    return metric, main
 
 
 def _kept(cells: pd.DataFrame, results: Sequence[CellResult]) -> dict[str, Markup]:
@@ -100,6 +131,12 @@ def _command(names: dict[str, str]) -> str:
 def _sizes(dataset: dict[str, Any]) -> str:
     if not dataset:
         return "the data set could not be loaded"
+    if "num_items" in dataset:
+        return (
+            f"{dataset['train_sessions']:,} sessions of {dataset['train_events']:,} events to train on, "
+            f"{dataset['validation_cases']:,} / {dataset['test_cases']:,} cases to validate / test, "
+            f"{dataset['num_items']:,} items, {dataset['num_attributes']} attributes"
+        )
     rows = " / ".join(f"{dataset[f'{split}_rows']:,}" for split in ("train", "validation", "test"))
     dense = f", {dataset['num_dense']} dense features" if dataset["num_dense"] else ""
     return f"{rows} rows to train / validate / test, {dataset['num_fields']} fields{dense}, {dataset['num_ids']:,} ids"

@@ -15,34 +15,35 @@ if TYPE_CHECKING:
     from benchmarks.sections import Section
 
 
-def text_table(sections: Sequence[Section], metric: str = "test_auc") -> str:
+def text_table(sections: Sequence[Section]) -> str:
     """A table per section: every point, and the best for each budget."""
-    return "\n\n".join(_section(section, metric) for section in sections)
+    return "\n\n".join(_section(section) for section in sections)
 
 
-def _section(section: Section, metric: str) -> str:
-    head = ("", "strategy", "asked", "bytes", "of float32", METRICS[metric].title, "test log loss", "4096 rows")
+def _section(section: Section) -> str:
+    title, beside = METRICS[section.metric].title, METRICS[section.beside].title
+    head = ("", "strategy", "asked", "bytes", "of float32", title, beside, "4096 rows")
     if section.points.empty:
         return f"{section.title}: {section.rows}\nno cell was successful"
-    lines = [head, *(_row(row, metric) for _, row in section.points.iterrows())]
+    lines = [head, *(_row(row, section) for _, row in section.points.iterrows())]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     best = [
-        f"best within {choice.budget}: {choice.best['label']}, {METRICS[metric].title} {choice.best[metric]:.4f}, "
+        f"best within {choice.budget}: {choice.best['label']}, {title} {choice.best[section.metric]:.4f}, "
         f"{format_bytes(choice.best['bytes'])}"
         for choice in section.choices
     ]
     return "\n".join([f"{section.title}: {section.rows}", *text, "* on the Pareto front", *best])
 
 
-def _row(row: pd.Series, metric: str) -> tuple[str, ...]:
+def _row(row: pd.Series, section: Section) -> tuple[str, ...]:
     return (
         "*" if row.on_front else "",
         str(row.label),
         row.budget if isinstance(row.budget, str) else "",
         format_bytes(row.bytes),
         f"{row.share:.2%}",
-        with_std(row, metric),
-        with_std(row, "test_log_loss"),
+        with_std(row, section.metric),
+        with_std(row, section.beside),
         f"{row.lookup_4096_p50:.0f} µs",
     )

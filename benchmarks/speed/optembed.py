@@ -17,7 +17,7 @@ from embcomp.strategies.optembed import OptEmbedConfig
 from embcomp.training import Phases, SearchResult
 from recsys_models.ctr import DeepFM
 from recsys_models.data import Batches, ClickLog
-from recsys_models.metrics import evaluate
+from recsys_models.metrics import EVAL_BATCH_SIZE, evaluate
 from recsys_models.training import TrainingConfig
 from recsys_models.training.clicks import ClickTask
 from recsys_models.training.groups import make_optimizers
@@ -132,7 +132,7 @@ class Training:
 
 def _searches(amounts: Amounts, plain: Training, supernet: Training) -> tuple[dict[str, Seconds], SearchResult]:
     """Seconds of searches and of as many validation passes as they have candidates, and what the last came to."""
-    batches = plain.data.validation.batches(RECIPE.eval_batch_size)
+    batches = plain.data.validation.batches(EVAL_BATCH_SIZE)
     seconds = {name: np.zeros(amounts.searches) for name in (amounts.rival, SEARCH)}
     for turn in range(amounts.searches):
         gc.collect()

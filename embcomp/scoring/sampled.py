@@ -41,7 +41,8 @@ class NegativeSampler:
         counts: ``(V,)``, how often items occur; those that never do count as occurring once, since what is never drawn
             can't be corrected for. Needed for ``"counts"``.
         power: 1 for items as they occur, less to draw frequent ones less often.
-        seed: of the generator, on CPU, which the draws follow one another from.
+        seed: of the generator, on CPU, which the draws follow one another from; None for torch's global generator,
+            whose state checkpoints of a training loop usually hold.
 
     Raises:
         InputError: if the kind is unknown, or counts and the number of items are missing, wrong or don't agree.
@@ -53,7 +54,7 @@ class NegativeSampler:
         num_items: int | None = None,
         counts: Any = None,
         power: float = 1.0,
-        seed: int = 0,
+        seed: int | None = 0,
     ) -> None:
         if kind not in KINDS:
             raise InputError(f"NegativeSampler(kind={kind!r}); {did_you_mean(kind, KINDS)}")
@@ -66,7 +67,7 @@ class NegativeSampler:
             found = "" if known is None else f", but {len(known)} counts"
             raise InputError(f"NegativeSampler(num_items={num_items}{found}): give the number of items, at least 1")
         self.kind, self.num_items = kind, num_items
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self._log_probabilities: Tensor | None = None
         if kind == "counts" and known is not None:
             weights = known.clamp_min(1) ** power

@@ -10,7 +10,8 @@ from torch import Tensor
 from embcomp import EmbeddingTables
 from embcomp.errors import ConfigError, did_you_mean
 from recsys_models.ctr.base import CTRModel
-from recsys_models.ctr.layers import MLP, CrossNet, linear
+from recsys_models.ctr.layers import MLP, CrossNet
+from recsys_models.layers import linear
 
 STRUCTURES = ("stacked", "parallel")
 

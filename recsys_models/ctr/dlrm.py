@@ -10,7 +10,8 @@ from torch import Tensor
 from embcomp import EmbeddingTables
 from embcomp.errors import ConfigError, did_you_mean
 from recsys_models.ctr.base import CTRModel
-from recsys_models.ctr.layers import MLP, PairwiseDots, activation_of
+from recsys_models.ctr.layers import MLP, PairwiseDots
+from recsys_models.layers import activation_of
 
 INTERACTIONS = ("dot", "cat")
 

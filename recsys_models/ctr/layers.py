@@ -7,36 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from embcomp.errors import ConfigError, did_you_mean
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-    "identity": nn.Identity,
-}
-
-
-def linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
-    """A linear layer with Xavier-normal weights and zero biases, as BARS starts them."""
-    layer = nn.Linear(in_features, out_features, bias)
-    nn.init.xavier_normal_(layer.weight)
-    if bias:
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
-def activation_of(name: str) -> nn.Module:
-    """Make an activation by name.
-
-    Raises:
-        ConfigError: if there is none of that name.
-    """
-    if name not in ACTIVATIONS:
-        raise ConfigError(f"no activation {name!r}; {did_you_mean(name, ACTIVATIONS)}")
-    return ACTIVATIONS[name]()
+from embcomp.errors import ConfigError
+from recsys_models.layers import activation_of, check_dropout, linear
 
 
 class MLP(nn.Sequential):
@@ -65,8 +37,7 @@ class MLP(nn.Sequential):
     ) -> None:
         if any(units < 1 for units in hidden_units):
             raise ConfigError(f"hidden_units={list(hidden_units)}: every layer needs at least one unit")
-        if not 0 <= dropout < 1:
-            raise ConfigError(f"dropout={dropout!r} must be in [0, 1)")
+        check_dropout(dropout)
         layers: list[nn.Module] = []
         for units in hidden_units:
             layers.append(linear(in_features, units))

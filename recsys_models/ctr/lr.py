@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from embcomp import EmbeddingTables
 from embcomp.errors import ConfigError
 from recsys_models.ctr.base import CTRModel
-from recsys_models.ctr.layers import linear
+from recsys_models.layers import linear
 
 
 class LR(CTRModel):

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from embcomp import EmbeddingTables
 from recsys_models.ctr.base import CTRModel, split_first_order
-from recsys_models.ctr.layers import MLP, linear
+from recsys_models.ctr.layers import MLP
+from recsys_models.layers import linear
 
 
 class WideDeep(CTRModel):

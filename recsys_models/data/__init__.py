@@ -11,6 +11,7 @@ from recsys_models.data.errors import DataError
 from recsys_models.data.malformed import MalformedLine
 from recsys_models.data.registry import list_datasets, load_dataset
 from recsys_models.data.sessions import (
+    NO_TARGET,
     Attribute,
     Cases,
     Catalogue,
@@ -24,6 +25,7 @@ from recsys_models.data.sessions import (
 )
 
 __all__ = [
+    "NO_TARGET",
     "Attribute",
     "Batch",
     "Batches",

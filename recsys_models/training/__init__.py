@@ -1,4 +1,4 @@
-"""Training of click models: one loop, resumable, with early stopping on the validation split."""
+"""Training of click and session models: one loop, resumable, with early stopping on the validation split."""
 
 from recsys_models.training.config import TrainingConfig
 from recsys_models.training.groups import make_optimizers, parameter_groups

@@ -10,7 +10,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from torch import nn
 
 from recsys_models.data import Batch, ClickLog
-from recsys_models.metrics import CLIP, evaluate
+from recsys_models.metrics import CLIP, EVAL_BATCH_SIZE, evaluate
 from recsys_models.training.config import TrainingConfig
 
 RECALIBRATION_BATCHES = 20
@@ -35,7 +35,7 @@ class ClickSearch:
         self, model: nn.Module, data: ClickLog, config: TrainingConfig, monitor: str, device: torch.device
     ) -> None:
         self.model, self.config, self.monitor = model, config, monitor
-        self.validation = data.validation.batches(config.eval_batch_size, device=device)
+        self.validation = data.validation.batches(config.eval_batch_size or EVAL_BATCH_SIZE, device=device)
         number = len(data.validation) if config.search_rows is None else min(config.search_rows, len(data.validation))
         self._sample = self._one_batch(data, number, device)
         self._labels = self._sample.labels.cpu().numpy()
@@ -48,7 +48,7 @@ class ClickSearch:
 
     def evaluate_many(self, number: int) -> list[float]:
         """The monitored metric of the candidates that are shown, on the sample."""
-        size = max(min(self.config.eval_batch_size, ROWS_AT_ONCE) // number, 1)
+        size = max(min(self.config.eval_batch_size or EVAL_BATCH_SIZE, ROWS_AT_ONCE) // number, 1)
         was_training, parts = self.model.training, []
         self.model.eval()
         try:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from embcomp.errors import ConfigError, InputError
 from recsys_models.ctr import CTRModel
 from recsys_models.data import Batch, Batches, ClickLog
-from recsys_models.metrics import evaluate
+from recsys_models.metrics import EVAL_BATCH_SIZE, evaluate
 from recsys_models.training.click_search import ClickSearch
 from recsys_models.training.config import TrainingConfig
 from recsys_models.training.task import Task, Validate
@@ -79,7 +79,7 @@ class ClickTask(Task):
 
     def validation(self, model: nn.Module, config: TrainingConfig, device: torch.device) -> Validate:
         """AUC and log loss of the validation split, which is held on the device."""
-        batches = self.data.validation.batches(config.eval_batch_size, device=device)
+        batches = self.data.validation.batches(config.eval_batch_size or EVAL_BATCH_SIZE, device=device)
 
         def validate() -> dict[str, float]:
             metrics = evaluate(model, batches)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from embcomp.config import check_at_least, check_choice, check_field_types
 from embcomp.errors import ConfigError
-from recsys_models.metrics import EVAL_BATCH_SIZE
 from recsys_models.training.optimizers import OPTIMIZERS
 
 
@@ -25,13 +24,14 @@ class TrainingConfig:
         embedding_l2: λ of ``λ/2 ||E||²`` over all stored rows, at every step, as in BARS; it decays the rows of the
             row stores, not scales, projections or the network. It is added to the gradient after clipping.
         batch_size: rows per step.
-        eval_batch_size: rows at once in evaluations.
+        eval_batch_size: rows at once in evaluations; None for the task's own.
         epochs: at most so many, in each phase of training.
         max_steps: at most so many steps, in each phase; None for no limit.
         float_epochs: epochs in which rows stay float32 before they are rounded to what will be served; low-bit rows
             train better so. Evaluations before that neither count as best nor against ``patience``.
         eval_steps: evaluate after every so many steps; None for after every epoch.
-        monitor: metric of the validation split: ``"auc"`` or ``"log_loss"`` of clicks; None for the task's first.
+        monitor: metric of the validation split: ``"auc"`` or ``"log_loss"`` of clicks, ``"ndcg@10"``, ``"hr@20"``,
+            ``"mrr@20"``, … of sessions; None for the task's first.
         min_delta: a smaller improvement is none.
         patience: evaluations in a row without improvement after which training stops; None for never.
         plateau_factor: what learning rates are multiplied by after an evaluation without improvement; 1 for never.
@@ -54,7 +54,7 @@ class TrainingConfig:
     embedding_learning_rate: float | None = None
     embedding_l2: float = 0.0
     batch_size: int = 4096
-    eval_batch_size: int = EVAL_BATCH_SIZE
+    eval_batch_size: int | None = None
     epochs: int = 100
     max_steps: int | None = None
     float_epochs: int = 0

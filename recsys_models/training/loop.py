@@ -16,13 +16,14 @@ from tqdm import tqdm
 
 from embcomp.errors import ConfigError, IncompatibleStateError
 from embcomp.training import Phase, Phases
-from recsys_models.data import ClickLog
+from recsys_models.data import ClickLog, SessionLog
 from recsys_models.training import checkpoint
 from recsys_models.training.clicks import ClickTask
 from recsys_models.training.config import TrainingConfig
 from recsys_models.training.devices import device_named
 from recsys_models.training.result import Callback, PhaseResult, TrainingResult
 from recsys_models.training.run import Run
+from recsys_models.training.sessions import SessionTask
 from recsys_models.training.shared import SharedPhases
 from recsys_models.training.task import Task
 
@@ -37,7 +38,7 @@ SEARCH_FILE = "search.json"
 
 def fit(
     model: nn.Module,
-    data: ClickLog,
+    data: ClickLog | SessionLog,
     config: TrainingConfig | None = None,
     *,
     checkpoint_dir: str | Path | None = None,
@@ -45,7 +46,7 @@ def fit(
     callbacks: Sequence[Callback] = (),
     shared_dir: str | Path | None = None,
 ) -> TrainingResult:
-    """Train a click model in place, on binary cross-entropy plus the tables' penalty.
+    """Train a click model or a session model in place, on its loss plus the tables' penalty.
 
     The model goes through the phases of its tables' strategy, each with an early stopping of its own; searches compare
     candidates on the validation split. Most strategies have a single phase.
@@ -56,8 +57,8 @@ def fit(
     they were found.
 
     Args:
-        model: with one table per field of ``data``; moved to the config's device.
-        data: train split to learn from, validation split to select by.
+        model: built for ``data``; moved to the config's device.
+        data: clicks or sessions; the train split to learn from, the validation split to select by.
         config: how to train.
         checkpoint_dir: where to write a checkpoint after every evaluation; None for nowhere.
         resume: go on from the checkpoint in ``checkpoint_dir``, or from the beginning where there is none.
@@ -75,7 +76,7 @@ def fit(
     config = config or TrainingConfig()
     if resume and checkpoint_dir is None:
         raise ConfigError("fit(resume=True) needs checkpoint_dir")
-    task: Task = ClickTask(data)
+    task: Task = SessionTask(data) if isinstance(data, SessionLog) else ClickTask(data)
     task.check(model, task.monitored(config)[0])
     device = device_named(config.device)
     path = None if checkpoint_dir is None else Path(checkpoint_dir) / checkpoint.FILE_NAME

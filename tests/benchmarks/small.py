@@ -11,18 +11,16 @@ from benchmarks.cells import Cell
 from benchmarks.results import SUCCESS, Sizes, metric_values, read_result, write_result
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = (
-    *("model=fm", "data.rows=2000", "data.vocabulary_scale=0.02", "embedding_dim=4", "threads=1"),
-    *("training=quick", "training.epochs=1", "training.batch_size=256"),
-)
+CLICKS = ("model=fm", "data.rows=2000", "data.vocabulary_scale=0.02")
+SMALL = ("embedding_dim=4", "threads=1", "training=quick", "training.epochs=1", "training.batch_size=256")
 
 
-def run_sweep(folder, *overrides):
+def run_sweep(folder, *overrides, sessions=False):
     """Run a sweep in this process; returns its exit status. Logging is left as it was found."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:
-        sweep.main([*SMALL, f"results_dir={folder}", "name=small", *overrides])
+        sweep.main([*(() if sessions else CLICKS), *SMALL, f"results_dir={folder}", "name=small", *overrides])
     except SystemExit as stopped:
         return stopped.code
     finally:
@@ -32,7 +30,16 @@ def run_sweep(folder, *overrides):
 
 def start_sweep(folder, *overrides):
     """Start a sweep in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.sweep", *SMALL, f"results_dir={folder}", "name=small", *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.sweep",
+        *CLICKS,
+        *SMALL,
+        f"results_dir={folder}",
+        "name=small",
+        *overrides,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -12,7 +12,10 @@ from benchmarks.cells import Cell
 from benchmarks.overrides import GROUPS, options_of
 from embcomp import get_strategy, list_strategies, make_config
 from recsys_models.ctr import MODELS
+from recsys_models.data import list_session_datasets
 from recsys_models.data.registry import READERS, make_reader
+from recsys_models.data.sessions.registry import SESSION_READERS, make_session_reader
+from recsys_models.session import ENCODERS, model_options
 from recsys_models.training import TrainingConfig
 
 
@@ -42,7 +45,10 @@ def test_every_strategy_file_makes_a_config(choice):
 @pytest.mark.parametrize("choice", options_of("model"))
 def test_model_files_name_every_option(choice):
     name, options = values(compose(f"model={choice}"), "model")
-    assert set(options) == set(inspect.signature(MODELS[name]).parameters) - {"tables", "num_dense"}
+    if name in ENCODERS:
+        assert options == model_options(name)
+    else:
+        assert set(options) == set(inspect.signature(MODELS[name]).parameters) - {"tables", "num_dense"}
     assert name == choice.split("/")[-1]
 
 
@@ -52,6 +58,14 @@ def test_data_files_name_every_option_with_its_default(name):
     assert found == name
     assert set(options) == {option.name for option in dataclasses.fields(READERS[name])}
     assert make_reader(name, **options) == make_reader(name)
+
+
+@pytest.mark.parametrize("name", list_session_datasets())
+def test_files_of_sessions_name_every_option_with_its_default(name):
+    found, options = values(compose(f"data=sessions/{name}"), "data")
+    assert found == name
+    assert set(options) == {option.name for option in dataclasses.fields(SESSION_READERS[name])}
+    assert make_session_reader(name, **options) == make_session_reader(name)
 
 
 @pytest.mark.parametrize("choice", options_of("training"))

@@ -13,6 +13,7 @@ from benchmarks.errors import OverrideError
 from benchmarks.measure import lookup_latency, saved_bytes, state_bytes
 from benchmarks.overrides import check_overrides, number_of_jobs
 from benchmarks.progress import NOTE
+from benchmarks.report import main as report
 from embcomp import TableSpec, build_tables
 from tests.benchmarks.small import cell_of, results_in, run_sweep, start_sweep
 
@@ -240,6 +241,28 @@ def test_cells_that_differ_in_the_budget_share_phases_and_come_to_the_same(tmp_p
     for cell, result in alone.items():
         assert result.metrics == together[cell].metrics
         assert result.tables == together[cell].tables
+
+
+def test_sessions_are_swept_as_clicks_are(tmp_path, capsys):
+    sweep = ("-m", "data=sessions/synthetic_sessions", "data.sessions=400", "data.items=60", "model=sasrec,m2trec")
+    assert run_sweep(tmp_path, *sweep, "strategy=full,hash", "budget=60%", "without_budget=[full]", sessions=True) == 0
+    results = results_in(tmp_path).values()
+    assert len(results) == 4
+    assert "test NDCG@10 0." in capsys.readouterr().err
+    for result in results:
+        metrics = {name: metric["value"] for name, metric in result.metrics.items()}
+        assert 0 < metrics["test_mrr@10"] <= metrics["test_ndcg@10"] <= metrics["test_hr@10"] <= metrics["test_hr@20"]
+        assert metrics["validation_ndcg@10"] == pytest.approx(metrics["trained_validation_ndcg@10"], abs=0.02)
+        cases = [part["cases"] for name, part in result.slices.items() if "seen" in name]
+        assert sum(cases) == result.dataset["test_cases"]
+        assert 30 < result.dataset["num_items"] <= 60
+        assert result.sizes.served_bytes <= (result.sizes.budget_bytes or result.sizes.float32_bytes)
+        assert result.lookup["4096"]["calls"] > 0
+    report(["--markdown", "-", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "## synthetic_sessions, m2trec" in text
+    assert "test NDCG@10 | to float32 | test MRR@20" in text
+    assert "items, 5 attributes" in text
 
 
 def test_sparsity_counts_the_values_that_are_stored(tmp_path):

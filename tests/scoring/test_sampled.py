@@ -228,3 +228,13 @@ def test_autocast():
 def test_wrong_negatives(negatives, message):
     with pytest.raises(InputError, match=message):
         sampled_cross_entropy(matrix_scorer(), torch.zeros(2, 4), torch.tensor([1, 2]), negatives)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "log_uniform", "counts"])
+def test_without_a_seed_draws_follow_the_global_generator(kind):
+    samplers = [NegativeSampler(kind, counts=[4, 0, 9, 2, 5], seed=None) for _ in range(2)]
+    torch.manual_seed(3)
+    first, later = samplers[0].draw(50).ids, samplers[0].draw(50).ids
+    torch.manual_seed(3)
+    assert samplers[1].draw(50).ids.equal(first)
+    assert not first.equal(later)

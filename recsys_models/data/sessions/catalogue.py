@@ -42,6 +42,14 @@ class Attribute:
         """Numbers of values per item, int64 ``(I,)``."""
         return np.diff(self.offsets)
 
+    @property
+    def firsts(self) -> np.ndarray:
+        """The most frequent value of each item, or :attr:`unknown_id` of those without any, int32 ``(I,)``."""
+        firsts = np.full(len(self.offsets) - 1, self.unknown_id, np.int32)
+        has_values = self.lengths > 0
+        firsts[has_values] = self.values[self.offsets[:-1][has_values]]
+        return firsts
+
 
 @dataclass(frozen=True, eq=False)
 class Catalogue:

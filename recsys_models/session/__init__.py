@@ -1,0 +1,45 @@
+"""Session models: SASRec, BERT4Rec, GRU4Rec, NARM, SR-GNN and M2TRec, on compressed tables of items and attributes."""
+
+from recsys_models.session.bert4rec import BERT4Rec
+from recsys_models.session.encoders import CausalEncoder, Encoder, Examples, GRU4Rec, SASRec, Sessions
+from recsys_models.session.items import Items, ItemTable, MetadataItems
+from recsys_models.session.model import SessionModel
+from recsys_models.session.objectives import Objective, ObjectiveConfig
+from recsys_models.session.prefix_encoders import NARM, SRGNN, M2TRec
+from recsys_models.session.ranker import Ranker
+from recsys_models.session.registry import (
+    ENCODERS,
+    ModelConfig,
+    build_session_model,
+    get_encoder,
+    model_options,
+    session_specs,
+    table_counts,
+)
+
+__all__ = [
+    "ENCODERS",
+    "NARM",
+    "SRGNN",
+    "BERT4Rec",
+    "CausalEncoder",
+    "Encoder",
+    "Examples",
+    "GRU4Rec",
+    "ItemTable",
+    "Items",
+    "M2TRec",
+    "MetadataItems",
+    "ModelConfig",
+    "Objective",
+    "ObjectiveConfig",
+    "Ranker",
+    "SASRec",
+    "SessionModel",
+    "Sessions",
+    "build_session_model",
+    "get_encoder",
+    "model_options",
+    "session_specs",
+    "table_counts",
+]

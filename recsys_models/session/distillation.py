@@ -1,0 +1,63 @@
+"""A trained table of items, brought over to items that are composed of metadata: no other part is trained again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from embcomp.errors import InputError
+from recsys_models.session.items import Items
+
+
+def distill_(
+    items: Items,
+    vectors: Tensor,
+    counts: Tensor,
+    steps: int = 1000,
+    batch_size: int = 1024,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
+) -> float:
+    """Fit items to trained vectors: the squared error, weighted by how often items occur, is what falls.
+
+    Args:
+        items: to fit, in place; their tables are trained too.
+        vectors: float32 ``(V, D)``, rows of a trained table.
+        counts: int64 ``(V,)``; items are drawn by them, so those without any are left to what they share with others.
+        steps: of Adam, whose rate falls to zero along a cosine.
+        batch_size: items per step.
+        learning_rate: at first.
+        seed: of the items drawn.
+
+    Returns:
+        The share of the vectors' variance around their mean, weighted by counts, that is left unexplained.
+
+    Raises:
+        InputError: if shapes do not go together, or no item occurs.
+    """
+    if vectors.shape != (items.num_items, items.dim) or counts.shape != vectors.shape[:1] or not counts.sum() > 0:
+        raise InputError(
+            f"vectors {tuple(vectors.shape)} and counts {tuple(counts.shape)} must be float32 "
+            f"({items.num_items}, {items.dim}) and int64 ({items.num_items},), one of them above 0"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    weights = counts.double().cpu()
+    parameters = [p for p in (*items.parameters(), *items.table_parameters()) if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    for _ in range(steps):
+        drawn = torch.multinomial(weights, batch_size, replacement=True, generator=generator).to(vectors.device)
+        error = (items(drawn) - vectors[drawn]).square().sum(-1).mean()
+        optimizer.zero_grad(set_to_none=True)
+        error.backward()
+        optimizer.step()
+        schedule.step()
+    return _unexplained(items, vectors, weights.to(vectors.device))
+
+
+@torch.no_grad()
+def _unexplained(items: Items, vectors: Tensor, weights: Tensor) -> float:
+    share = (weights / weights.sum()).float()[:, None]
+    found = items(torch.arange(items.num_items, device=vectors.device))
+    left = (share * (found - vectors).square()).sum()
+    return float(left / (share * (vectors - (share * vectors).sum(0)).square()).sum())

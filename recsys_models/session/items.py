@@ -1,0 +1,241 @@
+"""How items become vectors: by their id, by what is known of them, or by both."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from embcomp import EmbeddingTables
+from embcomp.errors import ConfigError
+from embcomp.scoring import ItemScorer, MatrixScorer, TableScorer
+from embcomp.storage import Ids
+from embcomp.stretches import Stretch, check_queries
+from recsys_models.data import Attribute
+
+ITEM = "item"
+"""Name of the table of items."""
+OUTPUT = "item_output"
+"""Name of the table of a free head."""
+POOLINGS = ("mean", "idf")
+_CHUNK = 8192
+
+
+class Items(nn.Module):
+    """Vectors of items, and their scores.
+
+    Args:
+        dim: D.
+        num_items: V.
+    """
+
+    def __init__(self, dim: int, num_items: int) -> None:
+        super().__init__()
+        self.dim, self.num_items = dim, num_items
+
+    @abstractmethod
+    def forward(self, ids: Tensor) -> Tensor:
+        """Vectors float32 ``(..., D)`` of items int64 ``(...)``."""
+
+    @abstractmethod
+    def scorer(self) -> ItemScorer:
+        """What scores the whole catalogue; where there are no gradients, with vectors as they are now."""
+
+    @abstractmethod
+    def table_parameters(self) -> Iterable[nn.Parameter]:
+        """Parameters of the tables, which belong to the model and not to this module."""
+
+
+class ItemTable(Items):
+    """A table with a row per item, or its compressed form.
+
+    Args:
+        tables: with the table ``name``.
+        name: of the table.
+    """
+
+    def __init__(self, tables: EmbeddingTables, name: str = ITEM) -> None:
+        super().__init__(tables.embedding_dim, tables.specs[tables.index_of(name)].num_embeddings)
+        self.name = name
+        self._tables = (tables,)  # in a tuple: the model owns them
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look the vectors up."""
+        vectors: Tensor = self._tables[0](ids, self.name)
+        return vectors
+
+    def scorer(self) -> TableScorer:
+        """Scores of the table's rows."""
+        return TableScorer(self._tables[0], self.name)
+
+    def table_parameters(self) -> Iterable[nn.Parameter]:
+        """Parameters of the tables."""
+        return self._tables[0].parameters()
+
+
+class MetadataItems(Items):
+    """Items by their attributes alone, or with a vector of their own added: no row per item, or few.
+
+    An attribute's values are pooled, the attributes' vectors concatenated, projected to D and normalized, as in M2TRec
+    (arXiv 2209.11824); a linear map that is the identity at first then allows for other lengths. All
+    attributes of all items asked for are one lookup; items asked for several times are composed once. An item without
+    any value of an attribute has zeros there.
+
+    Args:
+        tables: a table per attribute, in their order, of width D, and ``"item"`` if there is a residual.
+        attributes: of all items; at least one.
+        residual: whether the item's row of the table ``"item"`` is added.
+        bag_pooling: of bags: ``"mean"``, or ``"idf"``, weighted by the logarithm of how many items have another value.
+
+    Raises:
+        ConfigError: if ``bag_pooling`` is neither.
+        InputError: if an attribute has no table.
+    """
+
+    _values: Tensor
+    _tables_of: Tensor
+    _weights: Tensor
+    _is_bag: Tensor
+    _offsets: Tensor
+
+    def __init__(
+        self,
+        tables: EmbeddingTables,
+        attributes: Sequence[Attribute],
+        residual: bool = False,
+        bag_pooling: str = "mean",
+    ) -> None:
+        if bag_pooling not in POOLINGS:
+            raise ConfigError(f"bag_pooling={bag_pooling!r} must be one of {', '.join(map(repr, POOLINGS))}")
+        super().__init__(tables.embedding_dim, len(attributes[0].offsets) - 1)
+        self._tables = (tables,)
+        self.num_attributes = len(attributes)
+        self.residual = ItemTable(tables) if residual else None
+        owners = [tables.index_of(attribute.name) for attribute in attributes]
+        self.projection = nn.Linear(self.num_attributes * self.dim, self.dim)
+        self.norm = nn.LayerNorm(self.dim)
+        self.out = nn.Linear(self.dim, self.dim)
+        nn.init.eye_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+        for name, tensor in _cells(attributes, owners, bag_pooling).items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Compose the vectors of the distinct items, and hand them out."""
+        distinct, place = ids.unique(return_inverse=True)
+        return self._compose(distinct)[place]
+
+    def scorer(self) -> ItemScorer:
+        """What composes items chunk by chunk, or has done so once and for all where there are no gradients."""
+        if torch.is_grad_enabled():
+            return ComposedScorer(self)
+        every = torch.arange(self.num_items, device=self.device)
+        return MatrixScorer(torch.cat([self._compose(ids) for ids in every.split(_CHUNK)]))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the items are."""
+        return self._offsets.device
+
+    def table_parameters(self) -> Iterable[nn.Parameter]:
+        """Parameters of the tables."""
+        return self._tables[0].parameters()
+
+    def view(self, ids: Tensor, kept: Tensor, dropout: float) -> Tensor:
+        """Vectors of items of which only a part is seen.
+
+        Args:
+            ids: int64 ``(n,)``.
+            kept: bool ``(n, A)``, attributes that are seen.
+            dropout: share of values that are lost of attributes with several.
+
+        Returns:
+            float32 ``(n, D)``, without a residual.
+        """
+        return self._of(self._pooled(ids, dropout) * kept[..., None])
+
+    def _compose(self, ids: Tensor) -> Tensor:
+        """Vectors of items int64 ``(n,)``: float32 ``(n, D)``."""
+        vectors = self._of(self._pooled(ids))
+        return vectors if self.residual is None else vectors + self.residual(ids)
+
+    def _of(self, pooled: Tensor) -> Tensor:
+        """Attributes float32 ``(n, A, D)`` to items ``(n, D)``."""
+        vectors: Tensor = self.out(self.norm(self.projection(pooled.flatten(1))))
+        return vectors
+
+    def _pooled(self, ids: Tensor, dropout: float = 0.0) -> Tensor:
+        """The attributes of items int64 ``(n,)``: float32 ``(n, A, D)``."""
+        cells = (ids[:, None] * self.num_attributes + torch.arange(self.num_attributes, device=ids.device)).flatten()
+        start = self._offsets[cells]
+        length = self._offsets[cells + 1] - start
+        bounds = torch.cat([length.new_zeros(1), length.cumsum(0)])
+        shift = torch.repeat_interleave(start - bounds[:-1], length)
+        flat = shift + torch.arange(len(shift), device=ids.device)
+        weights = self._weights[flat]
+        if dropout:
+            weights = torch.where(self._is_bag[flat], F.dropout(weights, dropout), weights)
+        pooled = self._tables[0].bag(
+            self._values[flat], bounds, self._tables_of[flat], per_sample_weights=weights, include_last_offset=True
+        )
+        return pooled.view(len(ids), self.num_attributes, self.dim)
+
+
+class ComposedScorer(ItemScorer):
+    """Items that are composed when they are scored, and again in the backward pass where they are many.
+
+    Args:
+        items: of metadata.
+    """
+
+    bias = None
+
+    def __init__(self, items: MetadataItems) -> None:
+        self.items, self.num_items, self.dim = items, items.num_items, items.dim
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where the items are now."""
+        return self.items.device
+
+    def vectors(self, ids: Tensor) -> Tensor:
+        """Compose items: int64 ``(...)`` to float32 ``(..., D)``."""
+        found: Tensor = self.items(ids)
+        return found
+
+    def stretches(self, queries: Tensor) -> list[Stretch]:
+        """One for all items."""
+        return [Stretch(range(self.num_items), queries, self._range)]
+
+    def check_queries(self, queries: Tensor) -> Tensor:
+        """Return queries as float32; see `embcomp.stretches.check_queries`."""
+        return check_queries(queries, self.dim, self.device, "items of metadata")
+
+    def _range(self, ids: Ids) -> Tensor:
+        numbers = torch.arange(ids.start, ids.stop, device=self.device) if isinstance(ids, range) else ids
+        return self.items._compose(numbers)
+
+
+def _cells(attributes: Sequence[Attribute], owners: Sequence[int], bag_pooling: str) -> dict[str, Tensor]:
+    """The values of all attributes, item by item: values, their tables and weights, and where each cell begins."""
+    number = len(attributes)
+    lengths = torch.stack([torch.tensor(a.lengths) for a in attributes], dim=1)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.flatten().cumsum(0)])
+    total = int(offsets[-1])
+    values, tables = torch.empty(total, dtype=torch.int64), torch.empty(total, dtype=torch.int64)
+    weights, is_bag = torch.empty(total), torch.empty(total, dtype=torch.bool)
+    for column, (attribute, owner) in enumerate(zip(attributes, owners, strict=True)):
+        own = torch.tensor(attribute.values, dtype=torch.int64)
+        item = torch.repeat_interleave(lengths[:, column])
+        within = torch.arange(len(own)) - torch.tensor(attribute.offsets)[item]
+        place = offsets[item * number + column] + within
+        worth = torch.ones(len(own))
+        if bag_pooling == "idf" and attribute.is_bag:
+            worth = (len(lengths) / torch.bincount(own)).log().clamp_min(1e-6)[own]
+        share = torch.zeros(len(lengths)).index_add_(0, item, worth)
+        values[place], tables[place], is_bag[place] = own, owner, attribute.is_bag
+        weights[place] = worth / share[item]
+    return {"_values": values, "_tables_of": tables, "_weights": weights, "_is_bag": is_bag, "_offsets": offsets}

@@ -1,0 +1,135 @@
+"""Building blocks of session models. Shapes: ``B`` sessions, ``L`` positions, ``D`` dimension, ``H`` heads."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from embcomp.errors import ConfigError
+from recsys_models.layers import activation_of, check_dropout
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention.
+
+    Args:
+        dim: D, a multiple of ``heads``.
+        heads: H.
+        dropout: of the attention weights.
+    """
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ConfigError(f"heads={heads}: must be at least 1 and divide the dimension, {dim}")
+        self.heads, self.dropout = heads, dropout
+        self.project = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, vectors: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend to earlier positions, or, with a mask bool ``(B, L)``, to all where it is True: ``(B, L, D)``."""
+        parts = self.project(vectors).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        seen = None if mask is None else mask[:, None, None, :]
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(
+            parts[0], parts[1], parts[2], attn_mask=seen, dropout_p=dropout, is_causal=mask is None
+        )
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class Block(nn.Module):
+    """A Transformer block: attention and a feed-forward network, each normalized before and added after.
+
+    Args:
+        dim: D.
+        heads: H.
+        feedforward: width of the hidden layer.
+        dropout: of attention weights, hidden units and what is added.
+        activation: of the hidden layer.
+    """
+
+    def __init__(self, dim: int, heads: int, feedforward: int, dropout: float, activation: str) -> None:
+        super().__init__()
+        self.attention_norm, self.feedforward_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention = Attention(dim, heads, dropout)
+        self.feedforward = nn.Sequential(
+            nn.Linear(dim, feedforward),
+            activation_of(activation),
+            nn.Dropout(dropout),
+            nn.Linear(feedforward, dim),
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, vectors: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``(B, L, D)`` to ``(B, L, D)``; the mask is that of `Attention`."""
+        vectors = vectors + self.dropout(self.attention(self.attention_norm(vectors), mask))
+        out: Tensor = vectors + self.dropout(self.feedforward(self.feedforward_norm(vectors)))
+        return out
+
+
+class Transformer(nn.Module):
+    """Learned positions, dropout, blocks, and a last normalization.
+
+    Items' vectors may be small, as rows of a table are at first, or large, as what is composed of metadata. Positions
+    must be told from one another beside them: so ``normalized`` brings both to the same length before they are added,
+    where a model without a causal mask knows the order from nothing else.
+
+    Args:
+        dim: D.
+        max_length: positions, counted from the first.
+        blocks: their number.
+        heads: H.
+        feedforward: width of the hidden layers; None for 4 D.
+        dropout: see `Block`; also of the input.
+        activation: of the hidden layers.
+        normalized: whether vectors are normalized first, and positions as long as they.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        max_length: int,
+        blocks: int,
+        heads: int,
+        feedforward: int | None,
+        dropout: float,
+        activation: str,
+        normalized: bool = False,
+    ) -> None:
+        super().__init__()
+        check_dropout(dropout)
+        if blocks < 1:
+            raise ConfigError(f"blocks={blocks}: must be at least 1")
+        self.positions = nn.Parameter(torch.empty(max_length, dim))
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, 4 * dim if feedforward is None else feedforward, dropout, activation)
+            for _ in range(blocks)
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.input_norm = nn.LayerNorm(dim) if normalized else nn.Identity()
+        nn.init.normal_(self.positions, std=1.0 if normalized else 0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, vectors: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``(B, L, D)`` to ``(B, L, D)``; without a mask, positions see only what is before them."""
+        hidden = self.dropout(self.input_norm(vectors) + self.positions[: vectors.shape[1]])
+        for block in self.blocks:
+            hidden = block(hidden, mask)
+        out: Tensor = self.norm(hidden)
+        return out
+
+
+def last_of(hidden: Tensor, lengths: Tensor) -> Tensor:
+    """The vectors of each session's last position: ``(B, L, D)`` and lengths ``(B,)`` to ``(B, D)``."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), (lengths - 1).clamp_min(0)]
+
+
+def inside(lengths: Tensor, length: int) -> Tensor:
+    """Which positions are of the session, and not behind its end: bool ``(B, L)``."""
+    return torch.arange(length, device=lengths.device) < lengths[:, None]

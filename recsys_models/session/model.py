@@ -1,0 +1,150 @@
+"""Session models: items to vectors, sessions to queries, queries to scores of the whole catalogue.
+
+Shapes: ``B`` sessions, ``L`` positions, ``D`` dimension, ``N`` targets of a step, ``V`` items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from embcomp import EmbeddingTables
+from embcomp.errors import ConfigError, InputError
+from embcomp.scoring import ItemScorer
+from recsys_models.data import NO_TARGET, Attribute, SessionBatch
+from recsys_models.session.contrastive import Contrastive
+from recsys_models.session.encoders import Encoder, Examples, Sessions
+from recsys_models.session.items import Items, ItemTable
+from recsys_models.session.layers import inside
+from recsys_models.session.objectives import Objective
+from recsys_models.session.ranker import Ranker
+
+
+class SessionModel(Ranker):
+    """A model of the next item, all of whose embeddings lie in one group of tables.
+
+    Args:
+        tables: of the items; compressed, or plain.
+        items: how they become vectors.
+        encoder: how sessions become queries.
+        objective: what is learned.
+        head: a table of vectors that items are scored by; None to score by those of ``items``, which ties the head.
+        categories: attributes that are predicted along with the next item -> weights of their losses.
+        contrastive: a loss on the items themselves, and its weight.
+        windows: what is learned from sessions that are longer than the encoder reads: their ``"last"`` items, or
+            ``"all"``, window by window.
+
+    Raises:
+        ConfigError: if an attribute to predict has several values per item.
+    """
+
+    def __init__(
+        self,
+        tables: EmbeddingTables,
+        items: Items,
+        encoder: Encoder,
+        objective: Objective,
+        head: ItemTable | None = None,
+        categories: Mapping[Attribute, float] | None = None,
+        contrastive: tuple[Contrastive, float] | None = None,
+        windows: str = "last",
+    ) -> None:
+        super().__init__()
+        self.tables, self.items, self.encoder, self.objective, self.head = tables, items, encoder, objective, head
+        self.num_items, self.max_length, self.windows = items.num_items, encoder.max_length, windows
+        self.contrastive = None if contrastive is None else contrastive[0]
+        self.contrastive_weight = 0.0 if contrastive is None else contrastive[1]
+        self.category_heads = nn.ModuleDict()
+        self.category_weights: dict[str, float] = {}
+        for attribute, weight in (categories or {}).items():
+            if attribute.is_bag:
+                raise ConfigError(f"attribute {attribute.name!r} has several values per item and can't be predicted")
+            self.category_weights[attribute.name] = weight
+            self.category_heads[attribute.name] = nn.Linear(encoder.dim, attribute.num_values)
+            self.register_buffer(
+                _of(attribute.name), torch.tensor(attribute.values, dtype=torch.int64), persistent=False
+            )
+
+    # ---- scores -----------------------------------------------------------------------------------------------------
+
+    def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
+        """Scores of all items as the next one.
+
+        Args:
+            items: int64 ``(B, L)``, the first ones of each row being the session, oldest first.
+            lengths: int64 ``(B,)``. An empty session is taken for one of an item that nothing is known of. Of sessions
+                longer than the encoder's ``max_length``, the last items count.
+
+        Returns:
+            float32 ``(B, V)``.
+
+        Raises:
+            InputError: if shapes do not go together.
+            UnseenIdError: if an item is outside its table, and the tables' policy is to say so.
+        """
+        return self.scorer().scores(self.queries(items, lengths))
+
+    def queries(self, items: Tensor, lengths: Tensor) -> Tensor:
+        """What sessions are encoded to, float32 ``(B, D)``: scores are inner products with it. Arguments as above."""
+        items, lengths = self._latest(items, lengths)
+        queries: Tensor = self.encoder(self.embed(Examples(items, lengths, lengths)))
+        return self.objective.scaled(queries)
+
+    def scorer(self) -> ItemScorer:
+        """What scores queries; without gradients, a catalogue of metadata is composed once, as weights are now."""
+        return (self.head or self.items).scorer()
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def prepare(self, batch: SessionBatch) -> Examples:
+        """What to learn from a batch."""
+        return self.encoder.prepare(batch)
+
+    def learn(self, examples: Examples) -> Tensor:
+        """Queries of all targets, float32 ``(N, D)``."""
+        return self.objective.scaled(self.encoder.learn(self.embed(examples), examples.targets))
+
+    def loss(self, examples: Examples, queries: Tensor) -> Tensor:
+        """The mean loss over targets, of the next item and of its categories, and that of the items: a scalar."""
+        targets = examples.targets[examples.targets != NO_TARGET]
+        loss = self.objective(self.head or self.items, queries, targets, examples)
+        for name, head in self.category_heads.items():
+            wanted = getattr(self, _of(name))[targets]
+            loss = loss + self.category_weights[name] * F.cross_entropy(head(queries), wanted)
+        if self.contrastive is not None:
+            loss = loss + self.contrastive_weight * self.contrastive(self.items)
+        return loss
+
+    def embed(self, examples: Examples) -> Sessions:
+        """Vectors of items, zeros behind the ends and where a session is empty."""
+        items, lengths, hidden = examples.items, examples.lengths, examples.hidden
+        vectors = self.items(items) * inside(lengths, items.shape[1])[..., None]
+        if hidden is not None:
+            vectors = self.encoder.hide(vectors, hidden)
+        return Sessions(vectors, items, lengths.clamp_min(1))
+
+    def penalty(self) -> Tensor:
+        """The tables' own loss term, a float32 scalar to add to the training loss."""
+        return self.tables.penalty()
+
+    # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _latest(self, items: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The last items of each session, as many as the encoder takes."""
+        if items.dim() != 2 or lengths.shape != items.shape[:1] or items.shape[1] < 1:
+            raise InputError(
+                f"items {tuple(items.shape)} and lengths {tuple(lengths.shape)} must be int64 (B, L) and (B,), L >= 1"
+            )
+        if items.shape[1] > self.max_length:
+            start = (lengths - self.max_length).clamp_min(0)
+            place = start[:, None] + torch.arange(self.max_length, device=items.device)
+            items, lengths = items.gather(1, place), lengths.clamp_max(self.max_length)
+        return items, lengths
+
+
+def _of(name: str) -> str:
+    """Name of the buffer that says which value each item has."""
+    return f"_category_of_{name}"

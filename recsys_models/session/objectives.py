@@ -1,0 +1,114 @@
+"""What session models learn: the softmax over the whole catalogue or a sample of it, or one negative per target."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from embcomp.scoring import Negatives, NegativeSampler, cross_entropy, sampled_cross_entropy
+from embcomp.scoring.sampled import KINDS
+from torch import Tensor, nn
+
+from embcomp.config import check_at_least, check_choice, check_field_types
+from embcomp.errors import ConfigError
+from recsys_models.session.encoders import Examples
+from recsys_models.session.items import Items
+from recsys_models.session.layers import inside
+
+LOSSES = ("auto", "softmax", "sampled", "binary")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is learned.
+
+    Attributes:
+        loss: ``"softmax"``: cross-entropy over all items; ``"sampled"``: over the target, the other targets of the
+            step and ``num_negatives`` items that are drawn, corrected for how often each is expected among them;
+            ``"binary"``: the target against one other item that the session does not have, as SASRec was published;
+            ``"auto"``: the softmax up to ``most_items``, the sampled one beyond.
+        num_negatives: items that are drawn for a step.
+        sampling: how: ``"uniform"``, ``"log_uniform"`` or by ``"counts"``, see `NegativeSampler`.
+        most_items: see ``loss``.
+        temperature: that scores are divided by.
+    """
+
+    loss: str = "auto"
+    num_negatives: int = 4096
+    sampling: str = "uniform"
+    most_items: int = 100_000
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_field_types(self)
+        check_choice(self, "loss", LOSSES)
+        check_choice(self, "sampling", KINDS)
+        check_at_least(self, "num_negatives", 1)
+        check_at_least(self, "most_items", 1)
+        if not self.temperature > 0:
+            raise ConfigError(f"ObjectiveConfig(temperature={self.temperature!r}): must be above 0")
+
+
+class Objective(nn.Module):
+    """The loss of queries and the items that they should find.
+
+    Args:
+        config: which.
+        counts: int64 ``(V,)``, how often items occur in training.
+    """
+
+    def __init__(self, config: ObjectiveConfig, counts: Tensor) -> None:
+        super().__init__()
+        self.config = config
+        small = len(counts) <= config.most_items
+        self.loss = ("softmax" if small else "sampled") if config.loss == "auto" else config.loss
+        if self.loss == "binary" and len(counts) < 2:
+            raise ConfigError("loss='binary' needs a second item, and the catalogue has one: use loss='softmax'")
+        self._of_batch = NegativeSampler("counts", counts=counts, seed=None)
+        self._drawn = NegativeSampler(config.sampling, counts=counts, seed=None)
+
+    def scaled(self, queries: Tensor) -> Tensor:
+        """Queries whose inner products are scores."""
+        return queries if self.config.temperature == 1 else queries / self.config.temperature
+
+    def forward(self, items: Items, queries: Tensor, targets: Tensor, examples: Examples) -> Tensor:
+        """The mean loss, a scalar.
+
+        Args:
+            items: what is scored.
+            queries: float32 ``(N, D)``.
+            targets: int64 ``(N,)``.
+            examples: that they are of.
+        """
+        if self.loss == "softmax":
+            return cross_entropy(items.scorer(), queries, targets)
+        if self.loss == "binary":
+            return self._binary(items, queries, targets, examples)
+        return sampled_cross_entropy(items.scorer(), queries, targets, self._negatives(targets))
+
+    def _negatives(self, targets: Tensor) -> Negatives:
+        """The targets of the step and items that are drawn for it, together."""
+        number = self.config.num_negatives
+        ids = torch.cat([targets, self._drawn.draw(number, targets.device).ids])
+        of_batch = self._of_batch.log_probabilities(ids) + math.log(max(len(targets) - 1, 1))
+        return Negatives(ids, torch.logaddexp(of_batch, self._drawn.log_probabilities(ids) + math.log(number)))
+
+    def _binary(self, items: Items, queries: Tensor, targets: Tensor, examples: Examples) -> Tensor:
+        """Binary cross-entropy of targets against items drawn uniformly; those that the session has do not count."""
+        drawn = torch.randint(items.num_items, targets.shape, device=targets.device)
+        session = _session_of(examples)
+        own = examples.items[session]
+        known = (own == drawn[:, None]) & inside(examples.lengths, own.shape[1])[session]
+        counts = ~known.any(1) & (drawn != targets)
+        right = (queries * items(targets)).sum(-1)
+        wrong = (queries * items(drawn)).sum(-1)
+        return F.softplus(-right).mean() + (F.softplus(wrong) * counts).sum() / counts.sum().clamp_min(1)
+
+
+def _session_of(examples: Examples) -> Tensor:
+    """The session that each target is of: int64 ``(N,)``."""
+    if examples.targets.dim() == 1:
+        return torch.arange(len(examples.targets), device=examples.targets.device)
+    return (examples.targets >= 0).nonzero()[:, 0]

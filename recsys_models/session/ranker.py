@@ -1,0 +1,29 @@
+"""What ranks items: session models, and the floors that they should beat."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from torch import Tensor, nn
+
+from embcomp.scoring import ItemScorer
+
+
+class Ranker(nn.Module):
+    """A module that encodes sessions to queries and scores the catalogue by them.
+
+    Attributes:
+        num_items: V.
+        max_length: items of a session that are read, the last ones.
+    """
+
+    num_items: int
+    max_length: int
+
+    @abstractmethod
+    def queries(self, items: Tensor, lengths: Tensor) -> Tensor:
+        """Encode sessions, int64 ``(B, L)``, of int64 ``(B,)`` lengths, to float32 ``(B, D)``."""
+
+    @abstractmethod
+    def scorer(self) -> ItemScorer:
+        """What scores queries."""

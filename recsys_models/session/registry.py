@@ -1,0 +1,210 @@
+"""Session models by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from embcomp import EmbeddingTables, TableSpec
+from embcomp.config import check_at_least, check_choice
+from embcomp.errors import ConfigError, did_you_mean
+from recsys_models.data import Attribute, Catalogue
+from recsys_models.session.bert4rec import BERT4Rec
+from recsys_models.session.contrastive import Contrastive
+from recsys_models.session.encoders import Encoder, GRU4Rec, SASRec
+from recsys_models.session.items import ITEM, OUTPUT, Items, ItemTable, MetadataItems
+from recsys_models.session.model import SessionModel
+from recsys_models.session.objectives import Objective, ObjectiveConfig
+from recsys_models.session.prefix_encoders import NARM, SRGNN, M2TRec
+
+ENCODERS: dict[str, type[Encoder]] = {
+    "sasrec": SASRec,
+    "bert4rec": BERT4Rec,
+    "gru4rec": GRU4Rec,
+    "narm": NARM,
+    "sr_gnn": SRGNN,
+    "m2trec": M2TRec,
+}
+"""Name -> encoder, as in configs and on the command line."""
+
+INIT_STD = 0.02
+"""Standard deviation of initial vectors."""
+
+
+@dataclass(frozen=True)
+class ModelConfig(ObjectiveConfig):
+    """What session models have in common; encoders have options of their own.
+
+    Attributes:
+        items: ``"id"``: a row per item; ``"metadata"``: attributes alone; ``"hybrid"``: both, added. None for what the
+            model's paper has.
+        attributes: names of those that are used, separated by commas; None for all of the catalogue.
+        bag_pooling: of bags of values, see `MetadataItems`.
+        head: ``"tied"``: items are scored by the vectors that they are read with; ``"free"``: by a table of their own.
+        max_length: items of a session that are read, the last ones.
+        windows: what is learned from longer sessions by models that learn from every position: the ``"last"`` items,
+            or ``"all"``, window by window.
+        categories: attribute -> weight of its loss, for those that are predicted along with the next item; None for
+            no attribute.
+        ssl_weight: of the contrastive loss of the items' attributes, see `Contrastive`; 0 for none.
+        ssl_masking: ``"correlated"`` or ``"random"``.
+        ssl_items: items drawn for it in a step.
+        ssl_temperature: of it.
+        ssl_dropout: of values of attributes with several.
+    """
+
+    items: str | None = None
+    attributes: str | None = None
+    bag_pooling: str = "mean"
+    head: str = "tied"
+    max_length: int = 50
+    windows: str = "last"
+    categories: dict[str, float] | None = None
+    ssl_weight: float = 0.0
+    ssl_masking: str = "correlated"
+    ssl_items: int = 512
+    ssl_temperature: float = 0.1
+    ssl_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.items is not None:
+            check_choice(self, "items", ("id", "metadata", "hybrid"))
+        check_choice(self, "head", ("tied", "free"))
+        check_choice(self, "windows", ("last", "all"))
+        check_at_least(self, "max_length", 1)
+        check_at_least(self, "ssl_weight", 0)
+
+    def completed(self, name: str) -> ModelConfig:
+        """The config with what the model's paper has where nothing is said: metadata for M2TRec, ids for the others."""
+        if self.items is not None:
+            return self
+        return dataclasses.replace(self, items="metadata" if ENCODERS[name] is M2TRec else "id")
+
+    def used(self, catalogue: Catalogue) -> tuple[Attribute, ...]:
+        """The attributes that items are composed of.
+
+        Raises:
+            ConfigError: if the catalogue has none, or lacks one of them.
+        """
+        if self.items == "id":
+            return ()
+        if not catalogue.attributes:
+            raise ConfigError(f"items={self.items!r} needs attributes, and this catalogue has none: use items='id'")
+        if self.attributes is None:
+            return catalogue.attributes
+        return tuple(_attribute(catalogue, name.strip()) for name in self.attributes.split(","))
+
+
+def get_encoder(name: str) -> type[Encoder]:
+    """Look a model's encoder up by name.
+
+    Raises:
+        ConfigError: if there is none; the message names the nearest.
+    """
+    if name not in ENCODERS:
+        raise ConfigError(f"no session model {name!r}; {did_you_mean(name, ENCODERS)}")
+    return ENCODERS[name]
+
+
+def session_specs(
+    name: str, catalogue: Catalogue, embedding_dim: int, init_std: float = INIT_STD, **options: Any
+) -> list[TableSpec]:
+    """Describe the tables that a session model needs for a catalogue.
+
+    Args:
+        name: one of `ENCODERS`.
+        catalogue: of the data set.
+        embedding_dim: D, of all tables and of the model.
+        init_std: standard deviation of initial vectors.
+        options: of the model; see `ModelConfig` and the encoder's class.
+
+    Raises:
+        ConfigError: for an unknown model or option, or a value that is refused.
+    """
+    config, _ = _split(name, options)
+    attributes = config.used(catalogue)
+    if any(a.name in (ITEM, OUTPUT) for a in attributes):
+        raise ConfigError(f"an attribute is called {ITEM!r} or {OUTPUT!r}, as tables of items are: rename it")
+    own = [TableSpec(ITEM, catalogue.num_items, embedding_dim, init_std=init_std)]
+    of_items = [] if config.items == "metadata" else own
+    of_head = [TableSpec(OUTPUT, catalogue.num_items, embedding_dim, init_std=init_std)]
+    return [
+        *(TableSpec(a.name, a.num_values, embedding_dim, init_std=init_std) for a in attributes),
+        *of_items,
+        *(of_head if config.head == "free" else []),
+    ]
+
+
+def table_counts(specs: Sequence[TableSpec], catalogue: Catalogue) -> dict[str, torch.Tensor]:
+    """How often the ids of each table occur in training, int64 ``(V,)`` each: what plans and strategies ask for."""
+    counts = {attribute.name: attribute.counts for attribute in catalogue.attributes}
+    return {spec.name: torch.from_numpy(counts.get(spec.name, catalogue.counts).copy()) for spec in specs}
+
+
+def build_session_model(name: str, tables: EmbeddingTables, catalogue: Catalogue, **options: Any) -> SessionModel:
+    """Build a session model on tables whose specs came from `session_specs` with the same options.
+
+    Initial weights of the network are drawn from torch's global generator: call ``torch.manual_seed`` before.
+
+    Args:
+        name: one of `ENCODERS`.
+        tables: of the items.
+        catalogue: of the data set.
+        options: of the model; see `ModelConfig` and the encoder's class.
+
+    Raises:
+        ConfigError: for an unknown model or option, or a value that is refused.
+    """
+    config, of_encoder = _split(name, options)
+    items: Items
+    if config.items == "id":
+        items = ItemTable(tables)
+    else:
+        items = MetadataItems(tables, config.used(catalogue), config.items == "hybrid", config.bag_pooling)
+    encoder = ENCODERS[name](tables.embedding_dim, config.max_length, **of_encoder)
+    objective = Objective(config, torch.from_numpy(catalogue.counts.copy()))
+    head = ItemTable(tables, OUTPUT) if config.head == "free" else None
+    categories = {_attribute(catalogue, name): weight for name, weight in (config.categories or {}).items()}
+    contrastive = None
+    if config.ssl_weight:
+        loss = Contrastive(
+            items,
+            config.used(catalogue),
+            config.ssl_masking,
+            config.ssl_items,
+            config.ssl_temperature,
+            config.ssl_dropout,
+        )
+        contrastive = (loss, config.ssl_weight)
+    return SessionModel(tables, items, encoder, objective, head, categories, contrastive, config.windows)
+
+
+def model_options(name: str) -> dict[str, Any]:
+    """The options of a session model and their defaults."""
+    own = list(inspect.signature(get_encoder(name)).parameters.values())[2:]
+    shared = {option.name: option.default for option in dataclasses.fields(ModelConfig)}
+    return shared | {parameter.name: parameter.default for parameter in own}
+
+
+def _split(name: str, options: dict[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
+    """Tell the options that all models have from those of the encoder."""
+    known = model_options(name)
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"model {name!r} has no option {option!r}; {did_you_mean(option, known)}")
+    shared = {option.name for option in dataclasses.fields(ModelConfig)}
+    config = ModelConfig(**{key: value for key, value in options.items() if key in shared}).completed(name)
+    return config, {key: value for key, value in options.items() if key not in shared}
+
+
+def _attribute(catalogue: Catalogue, name: str) -> Attribute:
+    found = {attribute.name: attribute for attribute in catalogue.attributes}
+    if name not in found:
+        raise ConfigError(f"items of this catalogue have no attribute {name!r}; {did_you_mean(name, found)}")
+    return found[name]

@@ -1,0 +1,140 @@
+"""The contrastive loss of items, and distillation into metadata."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from embcomp.errors import ConfigError, InputError
+from recsys_models.session.contrastive import Contrastive, mutual_information
+from recsys_models.session.distillation import distill_
+from tests.recsys_models.session.tiny import NUM_ITEMS, attribute, tiny_log, tiny_model
+
+
+def log_with(*attributes, **options):
+    log = tiny_log(**options)
+    object.__setattr__(log.catalogue, "attributes", attributes)
+    return log
+
+
+def single(name, values, number):
+    return attribute(name, *([int(value)] for value in values), num_values=number, is_bag=False)
+
+
+def four():
+    """Two pairs of attributes, each of which says the same twice."""
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(0, 5, NUM_ITEMS), rng.integers(0, 5, NUM_ITEMS)
+    return tuple(single(n, v, 6) for n, v in (("a", first), ("b", second), ("c", first), ("d", second)))
+
+
+def test_mutual_information_is_that_of_its_definition():
+    found = mutual_information(four())
+    for i, one in enumerate(four()):
+        for j, other in enumerate(four()):
+            total = 0.0
+            for x in range(5):
+                for y in range(5):
+                    both = np.mean((one.values == x) & (other.values == y))
+                    if both:
+                        total += both * math.log(both / (np.mean(one.values == x) * np.mean(other.values == y)))
+            assert found[i, j] == pytest.approx(total, abs=1e-9)
+
+
+def test_correlated_masks_hide_what_tells_about_one_another():
+    model = tiny_model(log_with(*four()), "m2trec", ssl_weight=1.0)
+    hidden = model.contrastive._hidden(200)
+    assert (hidden.sum(1) == 2).all()
+    assert torch.equal(hidden[:, 0], hidden[:, 2])
+    assert torch.equal(hidden[:, 1], hidden[:, 3])
+    assert 40 < int(hidden[:, 0].sum()) < 160
+    random = tiny_model(log_with(*four()), "m2trec", ssl_weight=1.0, ssl_masking="random").contrastive._hidden(200)
+    assert (random.sum(1) == 2).all()
+    assert (random[:, 0] != random[:, 2]).any()
+
+
+def test_the_loss_is_that_of_a_loop(monkeypatch):
+    model = tiny_model(tiny_log(), "m2trec", ssl_weight=0.7, ssl_temperature=0.3, ssl_dropout=0.0)
+    hidden = torch.rand(NUM_ITEMS, 2, generator=torch.Generator().manual_seed(0)).argsort(1).bool()
+    order = torch.randperm(NUM_ITEMS, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(Contrastive, "_hidden", lambda self, number: hidden)
+    monkeypatch.setattr("recsys_models.session.contrastive.torch.randperm", lambda *a, **k: order)
+
+    def unit(item, kept):
+        vector = model.items.view(torch.tensor([item]), kept[None], 0.0)[0]
+        return (vector / vector.norm()).detach()
+
+    first = [unit(int(item), ~hidden[row]) for row, item in enumerate(order)]
+    second = [unit(int(item), hidden[row]) for row, item in enumerate(order)]
+    total = 0.0
+    for row in range(NUM_ITEMS):
+        forth = [float(first[row] @ other) / 0.3 for other in second]
+        back = [float(other @ second[row]) / 0.3 for other in first]
+        for scores in (forth, back):
+            total += math.log(sum(map(math.exp, scores))) - scores[row]
+    found = model.contrastive(model.items).detach()
+    assert float(found) == pytest.approx(total / NUM_ITEMS / 2, rel=1e-4)
+    plain = tiny_model(tiny_log(), "m2trec").eval()
+    model.eval()
+    examples = model.prepare(next(iter(tiny_log().train.batches(8, 8, mode="prefixes"))))
+    queries = model.learn(examples)
+    torch.testing.assert_close(model.loss(examples, queries), plain.loss(examples, queries) + 0.7 * found)
+
+
+def test_values_of_bags_are_dropped_and_others_never():
+    items = tiny_model(tiny_log(), "m2trec").items
+    ids, kept = torch.arange(NUM_ITEMS), torch.ones(NUM_ITEMS, 2, dtype=torch.bool)
+    whole, some = items._pooled(ids), items._pooled(ids, 0.5)
+    assert torch.equal(whole[:, 0], some[:, 0])
+    assert not torch.equal(whole[:, 1], some[:, 1])
+    torch.testing.assert_close(items.view(ids, kept, 0.0), items(ids))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"items": "id"}, "at least two attributes; these have 0"),
+        ({"attributes": "kind"}, "these have 1"),
+        ({"ssl_masking": "half"}, "ssl_masking='half'"),
+        ({"ssl_temperature": 0.0}, "above 0"),
+        ({"ssl_items": 1}, "ssl_items=1"),
+        ({"ssl_dropout": 1.0}, "dropout=1.0"),
+        ({"ssl_weight": -1.0}, "ssl_weight=-1.0"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_model(tiny_log(), "m2trec", **{"ssl_weight": 1.0, **options})
+
+
+# ---- distillation --------------------------------------------------------------------------------------------------
+
+
+def test_vectors_that_follow_from_attributes_are_distilled_and_others_as_far_as_they_do():
+    log = tiny_log()
+    counts = torch.from_numpy(log.catalogue.counts)
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.randn(6, 16, generator=generator)
+    vectors = kinds[torch.arange(NUM_ITEMS) % 6]
+    items = tiny_model(log, "m2trec", attributes="kind").items
+    assert distill_(items, vectors, counts) < 0.02
+    torch.testing.assert_close(items(torch.arange(6)), kinds, atol=0.6, rtol=0)
+    noise = torch.randn(NUM_ITEMS, 16, generator=generator)
+    share = (counts / counts.sum())[:, None]
+    mixed = vectors + noise
+    means = torch.stack([(mixed * share)[k::6].sum(0) / share[k::6].sum() for k in range(6)])
+    left = (share * (mixed - means[torch.arange(NUM_ITEMS) % 6]).square()).sum()
+    least = float(left / (share * (mixed - (share * mixed).sum(0)).square()).sum())
+    found = distill_(tiny_model(log, "m2trec", attributes="kind").items, mixed, counts)
+    assert least <= found + 1e-6
+    assert found < least + 0.05
+    assert distill_(tiny_model(log, "m2trec", items="hybrid").items, mixed, counts, steps=3000) < least / 2
+
+
+def test_wrong_vectors():
+    items = tiny_model(tiny_log(), "m2trec").items
+    good = torch.zeros(NUM_ITEMS, 16), torch.ones(NUM_ITEMS, dtype=torch.int64)
+    for vectors, counts in ((good[0][:5], good[1]), (good[0], good[1][:5]), (good[0], 0 * good[1])):
+        with pytest.raises(InputError, match=r"must be float32 \(30, 16\)"):
+            distill_(items, vectors, counts)

@@ -1,0 +1,140 @@
+"""Items composed of their attributes, against a loop over items; and the floors, against brute force."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from embcomp import build_tables
+from embcomp.errors import ConfigError
+from recsys_models.ranking import rank_cases
+from recsys_models.session import MetadataItems, session_specs
+from recsys_models.session.floors import ItemKNN, Popularity
+from tests.recsys_models.session.tiny import NUM_ITEMS, attribute, attributes, sequences, tiny_log, tiny_model
+
+
+def items_of(catalogue, strategy="full", residual=False, **options):
+    torch.manual_seed(0)
+    name = "hybrid" if residual else "metadata"
+    tables = build_tables(session_specs("m2trec", catalogue, 8, 0.5, items=name), strategy)
+    items = MetadataItems(tables, catalogue.attributes, residual, **options)
+    torch.nn.init.normal_(items.norm.weight)
+    return tables, items
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("bag_pooling", ["mean", "idf"])
+def test_items_are_those_of_a_loop(bag_pooling, residual):
+    catalogue = tiny_log().catalogue
+    tables, items = items_of(catalogue, residual=residual, bag_pooling=bag_pooling)
+    number = {}
+    for own in catalogue.attributes:
+        for item in range(NUM_ITEMS):
+            for value in own.values[own.offsets[item] : own.offsets[item + 1]]:
+                number[own.name, value] = number.get((own.name, value), 0) + 1
+    for item in range(NUM_ITEMS):
+        parts = []
+        for own in catalogue.attributes:
+            values = own.values[own.offsets[item] : own.offsets[item + 1]]
+            weights = [math.log(NUM_ITEMS / number[own.name, v]) for v in values]
+            if bag_pooling == "mean" or not own.is_bag:
+                weights = [1.0] * len(values)
+            pooled = torch.zeros(8)
+            for value, weight in zip(values, weights, strict=True):
+                pooled += weight / sum(weights) * tables(torch.tensor(int(value)), own.name)
+            parts.append(pooled)
+        wanted = items.out(items.norm(items.projection(torch.cat(parts))))
+        if residual:
+            wanted = wanted + tables(torch.tensor(item), "item")
+        torch.testing.assert_close(items(torch.tensor(item)), wanted, rtol=1e-4, atol=1e-5)
+    every = torch.arange(NUM_ITEMS)
+    torch.testing.assert_close(items.scorer().scores(torch.eye(8), 0, NUM_ITEMS).T, items(every))
+    torch.testing.assert_close(items(every.view(5, 6)).view(-1, 8), items(every))
+
+
+def test_twins_have_one_vector_and_a_residual_tells_them_apart():
+    catalogue = tiny_log().catalogue
+    kind, words = attributes()
+    first, second = (item for item in np.flatnonzero(kind.values == 1)[:2])
+    same = [list(words.values[words.offsets[i] : words.offsets[i + 1]]) for i in range(NUM_ITEMS)]
+    same[second] = same[first]
+    object.__setattr__(catalogue, "attributes", (kind, attribute("words", *same, num_values=13)))
+    twins = torch.tensor([int(first), int(second)])
+    one, other = items_of(catalogue)[1](twins)
+    assert torch.equal(one, other)
+    one, other = items_of(catalogue, residual=True)[1](twins)
+    assert not torch.equal(one, other)
+
+
+def test_an_item_of_which_nothing_is_known_has_a_vector_all_the_same():
+    empty = attribute("words", *([[]] * NUM_ITEMS), num_values=1)
+    catalogue = tiny_log().catalogue
+    object.__setattr__(catalogue, "attributes", (empty,))
+    _, items = items_of(catalogue)
+    assert items(torch.arange(3)).isfinite().all()
+
+
+def test_gradients_reach_the_tables_once_per_distinct_item():
+    tables, items = items_of(tiny_log().catalogue)
+    weights = torch.randn(3, 8)
+    (items(torch.tensor([4, 4, 7])) * weights).sum().backward()
+    found = tables.rows.weight.grad.clone()
+    tables.zero_grad()
+    ((items(torch.tensor([4])) * weights[:2]).sum() + (items(torch.tensor([7])) * weights[2]).sum()).backward()
+    torch.testing.assert_close(tables.rows.weight.grad, found)
+
+
+@pytest.mark.parametrize("strategy", ["hash", "unified", "int8"])
+def test_attributes_are_compressed_as_other_tables_are(strategy):
+    log = tiny_log()
+    name, budget = ("quantize", "40%") if strategy == "int8" else (strategy, "50%")
+    model = tiny_model(log, "m2trec", name, budget).eval()
+    batch = next(iter(log.test.batches(16, 8)))
+    before = model(batch.items, batch.lengths)
+    model.tables.finalize_()
+    assert model.tables.memory().serve_bytes <= model.tables.memory().full_bytes / 2
+    torch.testing.assert_close(model(batch.items, batch.lengths), before, rtol=1e-3, atol=1e-3)
+
+
+def test_an_attribute_must_not_be_called_as_the_table_of_items():
+    catalogue = tiny_log().catalogue
+    object.__setattr__(catalogue, "attributes", (attribute("item", *[[0]] * NUM_ITEMS),))
+    with pytest.raises(ConfigError, match="rename it"):
+        session_specs("m2trec", catalogue, 8)
+
+
+# ---- floors --------------------------------------------------------------------------------------------------------
+
+
+def test_neighbours_are_those_of_brute_force():
+    rng = np.random.default_rng(0)
+    sessions = [list(rng.integers(0, 12, rng.integers(1, 7))) for _ in range(80)]
+    model = ItemKNN(sequences(*sessions), 12, neighbours=4, regularization=3.0)
+    occurs = [{s for s, session in enumerate(sessions) if item in session} for item in range(12)]
+    for item in range(12):
+        cosine = [
+            0.0
+            if other == item
+            else len(occurs[item] & occurs[other]) / math.sqrt((len(occurs[item]) + 3) * (len(occurs[other]) + 3))
+            for other in range(12)
+        ]
+        best = sorted(range(12), key=lambda other: (-cosine[other], other))[:4]
+        wanted = torch.tensor([value if other in best else 0.0 for other, value in enumerate(cosine)])
+        found = model.queries(torch.tensor([[5, item, 0]]), torch.tensor([2]))[0]
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert not model.queries(torch.zeros(1, 3, dtype=torch.int64), torch.tensor([0])).any()
+
+
+def test_floors_are_ranked_like_models():
+    log = tiny_log()
+    popular = Popularity(log.catalogue.counts)
+    ranks = rank_cases(popular, log.test)
+    counts = log.catalogue.counts
+    for rank, target in zip(ranks, log.test.targets, strict=True):
+        above, alike = (counts > counts[target]).sum(), (counts == counts[target]).sum() - 1
+        assert above <= rank <= above + alike
+    knn = ItemKNN(log.train, NUM_ITEMS)
+    assert (rank_cases(knn, log.test) < 3).mean() > 2 * (ranks < 3).mean()
+    assert F.one_hot(torch.tensor([2]), 3).float().equal(popular.scorer().vectors(torch.tensor([2]))[:, :3])

@@ -1,0 +1,341 @@
+"""What holds for every session model, and slow references of those that have mathematics of their own."""
+
+import copy
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from embcomp.errors import ConfigError, InputError
+from recsys_models.data import NO_TARGET, SessionBatch
+from recsys_models.session import ENCODERS
+from recsys_models.session.prefix_encoders import first_places, transitions
+from tests.recsys_models.session.tiny import NAMES, NUM_ITEMS, tiny_log, tiny_model
+
+LOG = tiny_log()
+SESSIONS = [[3, 4, 3, 5], [7], [1, 2, 3, 4, 5, 6, 7], [9, 9, 9]]
+
+
+def padded(sessions, width=None, filler=0):
+    width = width or max(map(len, sessions))
+    items = torch.full((len(sessions), width), filler)
+    for row, session in enumerate(sessions):
+        items[row, : len(session)] = torch.tensor(session)
+    return items, torch.tensor([len(session) for session in sessions])
+
+
+def test_all_models_are_here():
+    assert sorted(NAMES) == sorted(ENCODERS)
+
+
+@pytest.mark.parametrize("items", ["id", "metadata", "hybrid"])
+@pytest.mark.parametrize("name", NAMES)
+class TestEveryModel:
+    def test_scores_have_a_column_per_item_and_each_session_stands_alone(self, name, items):
+        model = tiny_model(LOG, name, items=items).eval()
+        scores = model(*padded(SESSIONS))
+        assert scores.shape == (4, NUM_ITEMS)
+        assert scores.isfinite().all()
+        for row, session in enumerate(SESSIONS):
+            alone = model(*padded([session]))
+            torch.testing.assert_close(alone[0], scores[row], rtol=1e-4, atol=1e-5)
+
+    def test_what_lies_behind_the_end_does_not_matter(self, name, items):
+        model = tiny_model(LOG, name, items=items).eval()
+        wanted = model(*padded(SESSIONS))
+        torch.testing.assert_close(model(*padded(SESSIONS, 8, filler=11)), wanted, rtol=1e-4, atol=1e-5)
+
+    def test_of_long_sessions_the_last_items_count(self, name, items):
+        model = tiny_model(LOG, name, items=items).eval()
+        long = [[(5 * step) % NUM_ITEMS for step in range(20)], [4, 5]]
+        wanted = model(*padded([long[0][-8:], long[1]]))
+        torch.testing.assert_close(model(*padded(long)), wanted, rtol=1e-4, atol=1e-5)
+
+    def test_empty_sessions_have_finite_scores(self, name, items):
+        model = tiny_model(LOG, name, items=items).eval()
+        scores = model(torch.zeros(2, 3, dtype=torch.int64), torch.tensor([0, 3]))
+        assert scores.isfinite().all()
+        other = model(torch.full((2, 3), 9), torch.tensor([0, 3]))
+        torch.testing.assert_close(scores[0], other[0])
+
+    def test_scores_are_inner_products_of_queries_and_items(self, name, items):
+        model = tiny_model(LOG, name, items=items).eval()
+        queries = model.queries(*padded(SESSIONS))
+        vectors = model.items(torch.arange(NUM_ITEMS))
+        torch.testing.assert_close(model(*padded(SESSIONS)), queries @ vectors.T, rtol=1e-4, atol=1e-5)
+
+    def test_every_parameter_learns(self, name, items):
+        model = tiny_model(LOG, name, items=items)
+        examples = model.prepare(next(iter(LOG.train.batches(64, 8, mode=model.encoder.targets))))
+        model.loss(examples, model.learn(examples)).backward()
+        silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+        assert not [n for n in silent if "positions" not in n and not (name == "sr_gnn" and "outgoing_bias" in n)]
+
+    def test_a_copy_gives_the_same(self, name, items):
+        model = tiny_model(LOG, name, items=items).eval()
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in model.tables.parameters():
+                parameter.zero_()
+        assert not torch.equal(other(*padded(SESSIONS)), model(*padded(SESSIONS)))
+
+
+@pytest.mark.parametrize("name", ["sasrec", "gru4rec"])
+def test_no_position_sees_what_comes_after_it(name):
+    model = tiny_model(LOG, name).eval()
+    batch = SessionBatch(torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([5]), torch.tensor([[2, 3, 4, 5, 6]]))
+    queries = model.learn(model.prepare(batch))
+    for length in range(1, 6):
+        alone = model.queries(batch.items[:, :length], torch.tensor([length]))
+        torch.testing.assert_close(queries[length - 1], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_only_positions_with_a_target_are_learned():
+    model = tiny_model(LOG, "sasrec").eval()
+    batch = next(iter(LOG.train.batches(16, 8)))
+    examples = model.prepare(batch)
+    queries = model.learn(examples)
+    assert len(queries) == int((batch.targets != NO_TARGET).sum()) == int(batch.lengths.sum())
+    scores = queries @ model.items(torch.arange(NUM_ITEMS)).T
+    wanted = F.cross_entropy(scores, batch.targets[batch.targets != NO_TARGET])
+    torch.testing.assert_close(model.loss(examples, queries), wanted)
+
+
+# ---- BERT4Rec ------------------------------------------------------------------------------------------------------
+
+
+def test_bert4rec_hides_a_share_of_the_items_and_at_least_one():
+    model = tiny_model(LOG, "bert4rec", mask_share=0.3, last_share=0.0)
+    hidden = inside = 0
+    for batch in LOG.train.batches(64, 8):
+        examples = model.prepare(batch)
+        torch.testing.assert_close(examples.lengths, batch.lengths + 1)
+        place = torch.arange(examples.items.shape[1])
+        is_inside = place < examples.lengths[:, None]
+        assert not (examples.hidden & ~is_inside).any()
+        assert examples.hidden.any(1).all()
+        assert torch.equal(examples.targets != NO_TARGET, examples.hidden)
+        assert torch.equal(examples.targets[examples.hidden], examples.items[examples.hidden])
+        assert torch.equal(examples.items[:, :-1][is_inside[:, 1:]], batch.items[is_inside[:, 1:]])
+        hidden, inside = hidden + int(examples.hidden.sum()), inside + int(is_inside.sum())
+    assert 0.3 < hidden / inside < 0.45  # sessions are short, and each has one at least
+
+
+def test_bert4rec_can_hide_the_last_item_alone():
+    model = tiny_model(LOG, "bert4rec", last_share=1.0)
+    examples = model.prepare(next(iter(LOG.train.batches(64, 8))))
+    assert torch.equal(examples.hidden.int().argmax(1), examples.lengths - 1)
+    assert (examples.hidden.sum(1) == 1).all()
+
+
+def test_bert4rec_does_not_see_what_is_hidden_and_asks_for_the_next_item_as_for_a_hidden_last_one():
+    model = tiny_model(LOG, "bert4rec", last_share=1.0).eval()
+    batch = SessionBatch(torch.tensor([[1, 2, 3]]), torch.tensor([3]), torch.tensor([[2, 3, 4]]))
+    learned = model.learn(model.prepare(batch))
+    torch.testing.assert_close(learned, model.queries(batch.items, batch.lengths))
+    other = SessionBatch(batch.items, batch.lengths, torch.tensor([[2, 3, 29]]))
+    torch.testing.assert_close(model.learn(model.prepare(other)), learned)
+
+
+# ---- NARM and SR-GNN, from their equations -------------------------------------------------------------------------
+
+
+def test_narm_is_that_of_its_equations():
+    model = tiny_model(LOG, "narm").eval()
+    encoder = model.encoder
+    for session in SESSIONS:
+        vectors = model.items(torch.tensor(session))
+        states, last = encoder.recurrent(vectors[None])
+        states, last = states[0], last[0, 0]
+        local = torch.zeros_like(last)
+        for state in states:
+            first = encoder.of_last.weight @ last + encoder.of_each.weight @ state
+            local = local + (encoder.weight.weight[0] @ torch.sigmoid(first)) * state
+        wanted = encoder.bilinear.weight @ torch.cat([last, local])
+        torch.testing.assert_close(model.queries(*padded([session]))[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+def graph_of(session):
+    """Nodes in the order of their first clicks, and the shares of edges in and out, as in the paper's figure 2."""
+    nodes = list(dict.fromkeys(session))
+    edges = np.zeros((len(nodes), len(nodes)))
+    for before, after in itertools.pairwise(session):
+        edges[nodes.index(before), nodes.index(after)] = 1
+    into, out = edges.sum(0), edges.sum(1)
+    outgoing = np.divide(edges, out[:, None], out=np.zeros_like(edges), where=out[:, None] > 0)
+    incoming = np.divide(edges.T, into[:, None], out=np.zeros_like(edges), where=into[:, None] > 0)
+    return nodes, torch.tensor(incoming, dtype=torch.float32), torch.tensor(outgoing, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_sr_gnn_is_that_of_its_equations(steps):
+    model = tiny_model(LOG, "sr_gnn", steps=steps).eval()
+    e = model.encoder
+    for session in [*SESSIONS, [1, 2, 1, 2, 1, 3]]:
+        nodes, incoming, outgoing = graph_of(session)
+        states = model.items(torch.tensor(nodes))
+        for _ in range(steps):
+            message = torch.cat(
+                [
+                    incoming @ (states @ e.incoming.weight.T + e.incoming.bias) + e.incoming_bias,
+                    outgoing @ (states @ e.outgoing.weight.T + e.outgoing.bias) + e.outgoing_bias,
+                ],
+                dim=1,
+            )
+            gates, own = message @ e.gates.weight_ih.T + e.gates.bias_ih, states @ e.gates.weight_hh.T + e.gates.bias_hh
+            (r_in, z_in, n_in), (r_own, z_own, n_own) = gates.chunk(3, 1), own.chunk(3, 1)
+            update = torch.sigmoid(z_in + z_own)
+            states = (1 - update) * torch.tanh(n_in + torch.sigmoid(r_in + r_own) * n_own) + update * states
+        visited = states[[nodes.index(item) for item in session]]
+        last = visited[-1]
+        weights = torch.sigmoid(e.of_last(last) + e.of_each(visited)) @ e.weight.weight[0]
+        wanted = e.out(torch.cat([(weights[:, None] * visited).sum(0), last]))
+        torch.testing.assert_close(model.queries(*padded([session]))[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_edges_of_a_session_graph_lie_between_first_places():
+    items, _ = padded([[5, 6, 5, 7], [8, 8, 0, 0]])
+    mask = torch.arange(4) < torch.tensor([4, 2])[:, None]
+    node = first_places(items, mask)
+    assert node.tolist() == [[0, 1, 0, 3], [0, 0, 0, 0]]
+    incoming, outgoing = transitions(node, mask)
+    assert outgoing[0].tolist() == [[0, 0.5, 0, 0.5], [1, 0, 0, 0], [0] * 4, [0] * 4]
+    assert incoming[0].tolist() == [[0, 1, 0, 0], [1, 0, 0, 0], [0] * 4, [1, 0, 0, 0]]
+    assert outgoing[1].tolist() == incoming[1].tolist() == [[1, 0, 0, 0], [0] * 4, [0] * 4, [0] * 4]
+
+
+# ---- M2TRec --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "attention"])
+def test_m2trec_pools_as_it_is_told(pooling):
+    model = tiny_model(LOG, "m2trec", pooling=pooling).eval()
+    encoder, session = model.encoder, [1, 2, 3, 4]
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    hidden = encoder.transformer(model.items(torch.tensor([session])), mask)[0]
+    if pooling == "attention":
+        hidden = (encoder.weight(hidden).softmax(0) * hidden).sum(0)
+    else:
+        hidden = hidden.mean(0) if pooling == "mean" else hidden[-1]
+    torch.testing.assert_close(model.queries(*padded([session]))[0], encoder.query(hidden), rtol=1e-4, atol=1e-5)
+
+
+def test_categories_are_learned_along():
+    plain = tiny_model(LOG, "m2trec").eval()
+    model = tiny_model(LOG, "m2trec", categories={"kind": 0.5}).eval()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    examples = model.prepare(next(iter(LOG.train.batches(32, 8, mode="prefixes"))))
+    queries = model.learn(examples)
+    kinds = F.cross_entropy(model.category_heads["kind"](queries), examples.targets % 6)
+    torch.testing.assert_close(model.loss(examples, queries), plain.loss(examples, queries) + 0.5 * kinds)
+
+
+def test_m2trec_has_no_row_per_item_unless_it_is_told_to():
+    assert tiny_model(LOG, "m2trec").tables.names == ("kind", "words")
+    assert tiny_model(LOG, "m2trec", items="hybrid").tables.names == ("kind", "words", "item")
+    assert tiny_model(LOG, "m2trec", items="id").tables.names == ("item",)
+    assert tiny_model(LOG, "m2trec", head="free").tables.names == ("kind", "words", "item_output")
+
+
+def test_a_free_head_scores_by_its_own_table():
+    model = tiny_model(LOG, "sasrec", head="free").eval()
+    scores = model(*padded(SESSIONS))
+    rows = model.tables.materialize("item_output")
+    torch.testing.assert_close(scores, model.queries(*padded(SESSIONS)) @ rows.T, rtol=1e-4, atol=1e-5)
+
+
+# ---- losses --------------------------------------------------------------------------------------------------------
+
+
+def test_the_binary_loss_is_that_of_a_loop_over_targets(monkeypatch):
+    model = tiny_model(LOG, "sasrec", loss="binary").eval()
+    examples = model.prepare(next(iter(LOG.train.batches(32, 8))))
+    queries = model.learn(examples)
+    targets = examples.targets[examples.targets != NO_TARGET]
+    drawn = torch.randint(NUM_ITEMS, targets.shape, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr("recsys_models.session.objectives.torch.randint", lambda *args, **kwargs: drawn)
+    right, wrong, number = [], [], 0
+    for row in range(len(examples.items)):
+        session = examples.items[row, : examples.lengths[row]].tolist()
+        for target in examples.targets[row, : examples.lengths[row]].tolist():
+            query, negative = queries[number], int(drawn[number])
+            right.append(math.log1p(math.exp(-float(query.detach() @ model.items(torch.tensor(target)).detach()))))
+            if negative not in session and negative != target:
+                wrong.append(math.log1p(math.exp(float(query.detach() @ model.items(torch.tensor(negative)).detach()))))
+            number += 1
+    assert 0 < len(wrong) < len(right)
+    wanted = sum(right) / len(right) + sum(wrong) / len(wrong)
+    assert float(model.loss(examples, queries).detach()) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_softmax_is_sampled_beyond_a_number_of_items():
+    assert tiny_model(LOG).objective.loss == "softmax"
+    sampled = tiny_model(LOG, most_items=NUM_ITEMS - 1, num_negatives=200_000)
+    assert sampled.objective.loss == "sampled"
+    examples = sampled.prepare(next(iter(LOG.train.batches(32, 8))))
+    queries = sampled.learn(examples)
+    exact = tiny_model(LOG).eval()
+    torch.manual_seed(0)
+    found = float(sampled.loss(examples, queries))
+    assert found == pytest.approx(float(exact.loss(examples, queries)), rel=0.02)
+
+
+def test_a_temperature_divides_scores():
+    model, cold = tiny_model(LOG).eval(), tiny_model(LOG, temperature=0.5).eval()
+    torch.testing.assert_close(cold(*padded(SESSIONS)), 2 * model(*padded(SESSIONS)))
+
+
+# ---- wrong input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("sasrek", {}, "did you mean 'sasrec'"),
+        ("sasrec", {"hedas": 2}, "did you mean 'heads'"),
+        ("sasrec", {"heads": 3}, "divide the dimension, 16"),
+        ("sasrec", {"items": "ids"}, "did you mean|Allowed|must be one of"),
+        ("sasrec", {"max_length": 8.0}, "must be int"),
+        ("sasrec", {"max_length": 0}, "max_length=0"),
+        ("sasrec", {"loss": "hinge"}, "loss"),
+        ("sasrec", {"temperature": 0.0}, "above 0"),
+        ("sasrec", {"dropout": 1.0}, "dropout=1.0"),
+        ("bert4rec", {"mask_share": 1.0}, "mask_share"),
+        ("gru4rec", {"hidden": 0}, "at least 1"),
+        ("sr_gnn", {"steps": 0}, "steps=0"),
+        ("m2trec", {"attributes": "words,kint"}, "did you mean 'kind'"),
+        ("m2trec", {"categories": {"words": 1.0}}, "several values per item"),
+        ("m2trec", {"bag_pooling": "sum"}, "bag_pooling='sum'"),
+        ("m2trec", {"pooling": "max"}, "pooling='max'"),
+    ],
+)
+def test_wrong_options(name, options, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_model(LOG, name, **options)
+
+
+def test_metadata_needs_attributes():
+    with pytest.raises(ConfigError, match="this catalogue has none: use items='id'"):
+        tiny_model(tiny_log(with_attributes=False), "m2trec")
+
+
+def test_wrong_shapes():
+    model = tiny_model(LOG)
+    with pytest.raises(InputError, match=r"\(B, L\)"):
+        model(torch.tensor([1, 2]), torch.tensor([2]))
+    with pytest.raises(InputError, match=r"\(B, L\)"):
+        model(torch.tensor([[1, 2]]), torch.tensor([2, 2]))
+
+
+def test_a_catalogue_of_one_item():
+    log = tiny_log(num_items=1)
+    for name in NAMES:
+        model = tiny_model(log, name)
+        assert model(torch.zeros(2, 3, dtype=torch.int64), torch.tensor([1, 3])).shape == (2, 1)
+        examples = model.prepare(next(iter(log.train.batches(8, 8, mode=model.encoder.targets))))
+        assert float(model.loss(examples, model.learn(examples))) == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ConfigError, match="needs a second item"):
+        tiny_model(log, "sasrec", loss="binary")

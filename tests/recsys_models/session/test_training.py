@@ -1,0 +1,150 @@
+"""Session models through `fit`: they learn, go on where they were killed, and serve any strategy within its budget."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from embcomp import NestedConfig, OptEmbedConfig, list_strategies
+from embcomp.errors import ConfigError, InputError
+from recsys_models.data import Cases
+from recsys_models.ranking import evaluate_cases, rank_cases
+from recsys_models.session.floors import Popularity
+from recsys_models.training import Callback, TrainingConfig, fit
+from tests.recsys_models.session.tiny import NAMES, NUM_ITEMS, sequences, tiny_log, tiny_model
+from tests.recsys_models.tiny import tiny_log as tiny_clicks
+from tests.recsys_models.tiny import tiny_model as tiny_click_model
+
+LOG = tiny_log()
+CONFIG = TrainingConfig(
+    batch_size=64,
+    epochs=3,
+    eval_steps=4,
+    learning_rate=0.01,
+    patience=None,
+    plateau_factor=1.0,
+    device="cpu",
+    search_rows=60,
+)
+SEARCH = {"generations": 2, "mutations": 3, "crossovers": 3, "parents": 4}
+
+
+def config(**changes):
+    return dataclasses.replace(CONFIG, **changes)
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "items"),
+    [*itertools.product(sorted(set(NAMES) - {"bert4rec"}), ["id", "metadata", "hybrid"]), ("bert4rec", "id")],
+)
+def test_every_model_learns_what_follows(name, items):
+    model = tiny_model(LOG, name, items=items, dropout=0.0) if name != "sr_gnn" else tiny_model(LOG, name, items=items)
+    epochs = 45 if name == "bert4rec" else 25  # it sees a few gaps per session, where others learn from all positions
+    result = fit(model, LOG, config(epochs=epochs, batch_size=32, eval_steps=None))
+    found = evaluate_cases(model, LOG.test)
+    floor = evaluate_cases(Popularity(LOG.catalogue.counts), LOG.test)
+    assert result.best.metrics["ndcg@10"] == max(e.metrics["ndcg@10"] for e in result.history)
+    assert found["ndcg@10"] > floor["ndcg@10"] + 0.25
+    assert evaluate_cases(model, LOG.validation) == pytest.approx(result.best.metrics)
+
+
+class Killed(Exception):
+    pass
+
+
+class Killer(Callback):
+    """Raises at a step of a phase."""
+
+    def __init__(self, step, phase="train"):
+        self.step, self.name, self.phase = step, phase, None
+
+    def on_phase_start(self, model, phase):
+        self.phase = phase.name
+
+    def on_step_end(self, model, step):
+        if (self.phase, step) == (self.name, self.step):
+            raise Killed
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "phase", "step"),
+    [
+        ("sasrec", "full", "train", 6),
+        ("narm", "full", "train", 13),
+        ("bert4rec", "full", "train", 7),
+        ("gru4rec", "hash", "train", 11),
+        ("m2trec", "full", "train", 9),
+        ("sasrec", OptEmbedConfig(**SEARCH), "supernet", 6),
+        ("m2trec", OptEmbedConfig(**SEARCH), "retrain", 6),
+    ],
+)
+def test_killed_and_resumed_gives_the_same_bit_for_bit(name, strategy, phase, step, tmp_path):
+    budget = None if strategy == "full" else "50%"
+    options = {"loss": "sampled", "num_negatives": 20} if name == "narm" else {}
+    whole, killed = (tiny_model(LOG, name, strategy, budget, **options) for _ in range(2))
+    expected = fit(whole, LOG, CONFIG)
+    with pytest.raises(Killed):
+        fit(killed, LOG, CONFIG, checkpoint_dir=tmp_path, callbacks=[Killer(step, phase)])
+    other = tiny_model(LOG, name, strategy, budget, seed=5, **options)
+    found = fit(other, LOG, CONFIG, checkpoint_dir=tmp_path, resume=True)
+    assert_same(other.state_dict(), whole.state_dict())
+    assert [e.metrics for e in found.history] == [e.metrics for e in expected.history]
+
+
+@pytest.mark.parametrize("strategy", list_strategies())
+@pytest.mark.parametrize("name", ["sasrec", "m2trec"])
+def test_every_strategy_trains_and_serves_the_same_within_its_budget(name, strategy):
+    roomy = ("full", "mixed_dim") if name == "sasrec" else ("full", "compositional")  # they shrink no such tables
+    budget = "100%" if strategy in roomy else "60%"
+    options = {"optembed": OptEmbedConfig(**SEARCH)}
+    model = tiny_model(LOG, name, options.get(strategy, strategy), budget, dim=16)
+    fit(model, LOG, config(epochs=1))
+    before = rank_cases(model, LOG.test)
+    model.tables.finalize_()
+    after = rank_cases(model, LOG.test)
+    assert abs(before - after).mean() < 0.2  # float sums in another order may swap two items
+    allowed = model.tables.memory().full_bytes * int(budget[:-1]) // 100
+    assert sum(t.nbytes for t in model.tables.state_dict().values()) <= allowed
+
+
+def test_windows_train_on_all_of_a_long_session():
+    log = dataclasses.replace(LOG, train=sequences(*([[step % NUM_ITEMS for step in range(40)]] * 8)))
+    for windows, targets in (("last", 8), ("all", 39)):
+        model = tiny_model(log, windows=windows)
+        seen = []
+        model.learn = lambda examples, m=model, s=seen: s.append(examples) or type(m).learn(m, examples)
+        fit(model, log, config(epochs=1, eval_steps=None))
+        assert sum(int((e.targets >= 0).sum()) for e in seen) == 8 * targets
+
+
+# ---- wrong input ---------------------------------------------------------------------------------------------------
+
+
+def test_models_and_data_that_do_not_go_together():
+    with pytest.raises(ConfigError, match="has 30 items, but the model has 12"):
+        fit(tiny_model(tiny_log(num_items=12)), LOG, CONFIG)
+    clicks = tiny_clicks()
+    with pytest.raises(ConfigError, match="or data of load_sessions for session models"):
+        fit(tiny_model(LOG), clicks, CONFIG)
+    with pytest.raises(ConfigError, match="or data of load_dataset for click models"):
+        fit(tiny_click_model(clicks), LOG, CONFIG)
+    with pytest.raises(ConfigError, match="monitor='auc'"):
+        fit(tiny_model(LOG), LOG, config(monitor="auc"))
+    with pytest.raises(ConfigError, match="distill=0"):
+        fit(tiny_model(LOG, "sasrec", NestedConfig(distill=1.0), "50%"), LOG, CONFIG)
+
+
+def test_splits_that_cannot_be_used():
+    single = dataclasses.replace(LOG, train=sequences([1], [2], [3]))
+    with pytest.raises(InputError, match="no training session of tiny has a second item"):
+        fit(tiny_model(LOG), single, CONFIG)
+    none = Cases(LOG.validation.sequences, LOG.validation.rows[:0], LOG.validation.ends[:0])
+    with pytest.raises(InputError, match="the validation split of tiny has no cases"):
+        fit(tiny_model(LOG), dataclasses.replace(LOG, validation=none), CONFIG)

@@ -1,0 +1,64 @@
+"""Sessions small enough for tests, in which the next item follows from the last one."""
+
+import numpy as np
+import torch
+
+from embcomp import build_tables
+from recsys_models.data import Attribute, Cases, Catalogue, Sequences, SessionLog
+from recsys_models.session import build_session_model, session_specs, table_counts
+
+NUM_ITEMS = 30
+NAMES = ("sasrec", "bert4rec", "gru4rec", "narm", "sr_gnn", "m2trec")
+
+
+def sequences(*sessions):
+    """Sessions given as lists of items."""
+    offsets = np.cumsum([0, *map(len, sessions)]).astype(np.int64)
+    return Sequences(np.concatenate([np.asarray(s, np.int32) for s in sessions]), offsets)
+
+
+def attribute(name, *values, num_values=None, is_bag=True):
+    """An attribute given as lists of values, item by item."""
+    offsets = np.cumsum([0, *map(len, values)]).astype(np.int64)
+    flat = np.concatenate([np.asarray(own, np.int32) for own in values]) if offsets[-1] else np.empty(0, np.int32)
+    number = num_values or int(flat.max(initial=0)) + 2
+    return Attribute(name, number, flat, offsets, np.bincount(flat, minlength=number), None, is_bag)
+
+
+def attributes(num_items=NUM_ITEMS, seed=0):
+    """A kind of six, and words, of which some items have none."""
+    rng = np.random.default_rng(seed)
+    kinds = [[item % 6] for item in range(num_items)]
+    words = [np.sort(rng.choice(12, rng.integers(0, 4), replace=False)) for _ in range(num_items)]
+    return attribute("kind", *kinds, is_bag=False), attribute("words", *words, num_values=13)
+
+
+def tiny_log(sessions=300, num_items=NUM_ITEMS, seed=0, filters_seen=False, with_attributes=True):
+    """Most steps lead to the next number, the others anywhere."""
+    rng = np.random.default_rng(seed)
+
+    def walk():
+        items = [int(rng.integers(num_items))]
+        for _ in range(rng.integers(1, 9)):
+            items.append((items[-1] + 1) % num_items if rng.random() < 0.8 else int(rng.integers(num_items)))
+        return items
+
+    def cases(number):
+        own = sequences(*(walk() for _ in range(number)))
+        rows = np.repeat(np.arange(len(own), dtype=np.int32), own.lengths - 1)
+        ends = np.concatenate([np.arange(1, length, dtype=np.int32) for length in own.lengths])
+        return Cases(own, rows, ends)
+
+    train = sequences(*(walk() for _ in range(sessions)))
+    counts = np.bincount(train.items, minlength=num_items)
+    catalogue = Catalogue(num_items, counts, np.arange(num_items), attributes(num_items) if with_attributes else ())
+    return SessionLog("tiny", catalogue, train, cases(40), cases(40), f"tiny-{seed}", filters_seen)
+
+
+def tiny_model(log, name="sasrec", strategy="full", budget=None, dim=16, init_std=0.05, seed=0, **options):
+    """A model for `tiny_log`, the same at every call."""
+    torch.manual_seed(seed)
+    options = {"max_length": 8, **options}
+    specs = session_specs(name, log.catalogue, dim, init_std, **options)
+    tables = build_tables(specs, strategy, budget, table_counts(specs, log.catalogue))
+    return build_session_model(name, tables, log.catalogue, **options)

@@ -1,0 +1,88 @@
+"""Ranking metrics against their definitions, and slices of cases."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from embcomp.scoring import MatrixScorer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embcomp.errors import InputError
+from recsys_models.ranking import evaluate_cases, rank_cases, ranking_metrics, sliced_metrics, slices_of
+from tests.recsys_models.session.tiny import NUM_ITEMS, tiny_log, tiny_model
+
+
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=40))
+def test_metrics_are_those_of_a_loop(ranks):
+    found = ranking_metrics(np.array(ranks), (1, 10))
+    for cutoff in (1, 10):
+        hits = [rank < cutoff for rank in ranks]
+        assert found[f"hr@{cutoff}"] == pytest.approx(sum(hits) / len(ranks))
+        gains = [1 / math.log2(rank + 2) for rank in ranks if rank < cutoff]
+        assert found[f"ndcg@{cutoff}"] == pytest.approx(sum(gains) / len(ranks))
+        assert found[f"mrr@{cutoff}"] == pytest.approx(sum(1 / (r + 1) for r in ranks if r < cutoff) / len(ranks))
+
+
+@pytest.mark.parametrize("ranks", [np.empty(0, np.int64), np.array([[1]]), np.array([-1])])
+def test_wrong_ranks(ranks):
+    with pytest.raises(InputError, match="at least"):
+        ranking_metrics(ranks)
+
+
+@pytest.mark.parametrize("filters_seen", [False, True])
+def test_ranks_are_those_of_sorted_scores(filters_seen):
+    log = tiny_log(seed=3)
+    model = tiny_model(log, init_std=1.0).train()
+    ranks = rank_cases(model, log.test, filters_seen, batch_size=7)
+    assert model.training
+    model.eval()
+    for case in range(len(log.test)):
+        prefix, target = log.test[case]
+        scores = model(torch.from_numpy(prefix).long()[None], torch.tensor([len(prefix)]))[0].tolist()
+        others = set(range(NUM_ITEMS)) - {target} - (set(prefix.tolist()) if filters_seen else set())
+        assert ranks[case] == sum(scores[item] > scores[target] for item in others)
+
+
+def test_seen_items_are_left_out_even_where_the_model_reads_fewer():
+    log = tiny_log(seed=4)
+    model = tiny_model(log, max_length=1, init_std=1.0).eval()
+    ranks = rank_cases(model, log.test, filters_seen=True)
+    scores = model(torch.arange(NUM_ITEMS)[:, None], torch.ones(NUM_ITEMS, dtype=torch.int64)).tolist()
+    for case, rank in enumerate(ranks):
+        prefix, target = log.test[case]
+        own = scores[prefix[-1]]
+        others = set(range(NUM_ITEMS)) - {target} - set(prefix.tolist())
+        assert rank == sum(own[item] > own[target] for item in others)
+
+
+def test_a_model_that_scores_all_alike_is_not_rewarded():
+    class Alike(torch.nn.Module):
+        max_length = 5
+
+        def queries(self, items, lengths):
+            return torch.ones(len(items), 1)
+
+        def scorer(self):
+            return MatrixScorer(torch.ones(NUM_ITEMS, 1))
+
+    ranks = rank_cases(Alike(), tiny_log().test)
+    assert ranks.min() >= (NUM_ITEMS - 1) // 2
+
+
+def test_slices_cover_all_cases_and_their_metrics_average_to_the_whole():
+    log = tiny_log(sessions=12)
+    slices = slices_of(log.catalogue, log.test)
+    kinds = [[name for name in slices if "seen" in name], [name for name in slices if "length" in name]]
+    ranks = rank_cases(tiny_model(log), log.test)
+    whole, found = ranking_metrics(ranks), sliced_metrics(ranks, slices)
+    assert len(kinds[0]) == 4
+    assert slices["unseen"].any()
+    for names in kinds:
+        assert np.sum([slices[name] for name in names], axis=0).tolist() == [1] * len(log.test)
+        mean = sum(found[n]["cases"] * found[n]["ndcg@10"] for n in names if n in found) / len(log.test)
+        assert mean == pytest.approx(whole["ndcg@10"])
+    assert evaluate_cases(tiny_model(log), log.test) == whole
+    assert slices["unseen"].tolist() == (log.catalogue.counts[log.test.targets] == 0).tolist()
+    assert slices["length ≤ 2"].tolist() == (log.test.ends <= 2).tolist()
