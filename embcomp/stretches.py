@@ -129,6 +129,7 @@ class RangeScores:
         bias: float ``(V,)``, or None.
         least: ids that are best taken at once where there are gradients; see `assemble`.
         chunk: rows that are scored at once; None for `ids_at_once`.
+        rows_first: score stretches with terms by stored rows, or not; None to let `rows_come_first` say so.
     """
 
     def __init__(
@@ -138,12 +139,13 @@ class RangeScores:
         bias: Tensor | None = None,
         least: int = 0,
         chunk: int | None = None,
+        rows_first: bool | None = None,
     ) -> None:
         self.stretches, self.zero_id, self.bias = stretches, zero_id, bias
-        self._row_scores = [
-            _score_rows(stretch.terms, chunk, least) if rows_come_first(stretch, torch.is_grad_enabled()) else None
-            for stretch in stretches
-        ]
+        self._row_scores: list[list[Tensor] | None] = []
+        for stretch in stretches:
+            is_first = rows_come_first(stretch, torch.is_grad_enabled()) if rows_first is None else rows_first
+            self._row_scores.append(_score_rows(stretch.terms, chunk, least) if is_first and stretch.terms else None)
 
     def __call__(self, ids: Ids) -> Tensor:
         """Score ids: int64 ``(n,)`` or a range, in ``[0, V)``, to float ``(N, n)``, the caller's own to write to."""
