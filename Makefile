@@ -59,7 +59,7 @@ format: $(READY) ## fix what ruff can fix, and format
 bench: $(READY) ## run the default sweep and write its report; ARGS go to the benchmark
 	$(PY) -m benchmarks.bench $(ARGS)
 
-speed: $(READY) ## measure the speed of lookups and training steps
+speed: $(READY) ## measure the speed of lookups, training steps and scores
 	$(PY) -m benchmarks.speed $(ARGS)
 
 docs: $(READY) ## generate the pages of docs/strategies from the code

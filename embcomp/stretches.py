@@ -106,8 +106,11 @@ def rows_come_first(stretch: Stretch, with_gradients: bool = False) -> bool:
       read and written once more.
 
     What both do, writing N scores for each id, is left out. So few queries, many ids per row and few rows per id speak
-    for stored rows, whose scores must also be no more than `MOST_ROW_SCORES`, as they are kept. False without terms.
+    for stored rows, whose scores must also be no more than `MOST_ROW_SCORES`, as they are kept. Stretches without terms
+    are composed, and so are all in a compiled or exported graph, which must not depend on the number of queries.
     """
+    if not stretch.terms or torch.compiler.is_compiling():
+        return False
     num_queries, dim = stretch.queries.shape
     num_ids, terms = len(stretch.ids), stretch.terms
     row_scores = num_queries * sum(term.num_rows for term in terms)
@@ -117,7 +120,7 @@ def rows_come_first(stretch: Stretch, with_gradients: bool = False) -> bool:
     composing += 2 * num_queries * num_ids * dim // FLOPS_PER_BYTE
     gathering = 4 * (row_values + row_scores) + 2 * num_queries * row_values // FLOPS_PER_BYTE
     gathering += num_queries * num_ids * sum(term.num_places * (20 if term.weights else 12) for term in terms)
-    return bool(terms) and row_scores <= MOST_ROW_SCORES and gathering < composing
+    return row_scores <= MOST_ROW_SCORES and gathering < composing
 
 
 class RangeScores:
@@ -129,6 +132,7 @@ class RangeScores:
         bias: float ``(V,)``, or None.
         least: ids that are best taken at once where there are gradients; see `assemble`.
         chunk: rows that are scored at once; None for `ids_at_once`.
+        rows_first: score stretches with terms by stored rows, or not; None to let `rows_come_first` say so.
     """
 
     def __init__(
@@ -138,12 +142,13 @@ class RangeScores:
         bias: Tensor | None = None,
         least: int = 0,
         chunk: int | None = None,
+        rows_first: bool | None = None,
     ) -> None:
         self.stretches, self.zero_id, self.bias = stretches, zero_id, bias
-        self._row_scores = [
-            _score_rows(stretch.terms, chunk, least) if rows_come_first(stretch, torch.is_grad_enabled()) else None
-            for stretch in stretches
-        ]
+        self._row_scores: list[list[Tensor] | None] = []
+        for stretch in stretches:
+            is_first = rows_come_first(stretch, torch.is_grad_enabled()) if rows_first is None else rows_first
+            self._row_scores.append(_score_rows(stretch.terms, chunk, least) if is_first and stretch.terms else None)
 
     def __call__(self, ids: Ids) -> Tensor:
         """Score ids: int64 ``(n,)`` or a range, in ``[0, V)``, to float ``(N, n)``, the caller's own to write to."""
@@ -227,7 +232,12 @@ def assemble(
 
 
 def ids_at_once(queries: Tensor) -> int:
-    """How many ids to score at once: on CPU as many as leave their scores in its caches, a few megabytes."""
+    """How many ids to score at once: on CPU as many as leave their scores in its caches, a few megabytes.
+
+    In a compiled or exported graph it is a constant, so that the number of queries is free.
+    """
+    if torch.compiler.is_compiling():
+        return _LARGEST_CHUNK
     scores = _CHUNK_SCORES_ON_CPU if queries.device.type == "cpu" else _CHUNK_SCORES
     return min(max(scores // max(len(queries), 1), _SMALLEST_CHUNK), _LARGEST_CHUNK)
 

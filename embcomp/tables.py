@@ -297,9 +297,9 @@ class EmbeddingTables(nn.Module):
 
         They are composed chunk by chunk, or gathered from scores of the stored rows where that moves fewer bytes
         (`embcomp.stretches.rows_come_first`). Beside the result this takes memory for a chunk, for at most 64 MiB of
-        scores of stored rows, and for the gradients. Differentiable: several chunks are composed again in the backward
-        pass. (Scales that are learned get gradients by LSQ's rule for the rows that a chunk reads, which depend on the
-        chunk in length, not in direction.)
+        scores of stored rows, and for the gradients. In the backward pass several chunks are composed again, by calling
+        `lookup` a second time; a chunk then has at least `gradient_rows` ids. (Scales that are learned get gradients by
+        LSQ's rule for the rows that are read at once, which differ from those of other chunks by a factor.)
 
         Args:
             table: index or name.

@@ -242,10 +242,31 @@ def test_autocast(name):
 def test_compiled_and_meta(name):
     tables, queries = build(name), torch.randn(3, 6)
     torch.compiler.reset()
-    compiled = torch.compile(partial(tables.scores, "user", chunk=100), fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(queries), tables.scores("user", queries))
-    torch.compiler.reset()
+    for table, chunk in (("user", 100), ("item", None)):
+        compiled = torch.compile(partial(tables.scores, table, chunk=chunk), fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(queries), tables.scores(table, queries))
+        torch.compiler.reset()
     assert tables.to("meta").scores("user", queries.to("meta"), 7).shape == (3, 300)
+
+
+class Scores(torch.nn.Module):
+    def __init__(self, tables):
+        super().__init__()
+        self.tables = tables
+
+    def forward(self, queries):
+        return self.tables.scores("user", queries)
+
+
+@pytest.mark.parametrize("name", embcomp.list_strategies())
+def test_exported_for_any_number_of_queries(name):
+    served = Scores(build(name).finalize())
+    batch = torch.export.Dim("batch", min=2)
+    with torch.no_grad():
+        program = torch.export.export(served, (torch.randn(5, 6),), dynamic_shapes={"queries": {0: batch}}).module()
+    for number in (2, 300):
+        queries = torch.randn(number, 6)
+        torch.testing.assert_close(program(queries), served(queries), rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_is_scored():

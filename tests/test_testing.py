@@ -1,6 +1,6 @@
 """The contract suite itself: it passes what is right, and each check finds what it is there to find."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -112,6 +112,27 @@ class ForgetsWidths(FullTables):
         return super().widths_of(table) // (2 if self.is_final else 1)
 
 
+class ScoresOtherVectors(FullTables):
+    def stretches(self, index, queries):
+        return super().stretches(index, queries * 1.001)
+
+
+class ScoresWithoutGradients(FullTables):
+    def stretches(self, index, queries):
+        [plain] = super().stretches(index, queries)
+        return [replace(plain, vectors=lambda ids: self.rows(self.as_ids(ids) + self._starts[index]).detach())]
+
+
+class ScoresPadding(FullTables):
+    def scores(self, table, queries, chunk=None):
+        return super().scores(table, queries, chunk) + 1e-6 * queries.sum(-1, keepdim=True)
+
+
+class ScoresAllAtOnce(FullTables):
+    def scores(self, table, queries, chunk=None):
+        return queries @ self.materialize(table).T
+
+
 class LooksAtTheIds(FullTables):
     def lookup(self, ids, table):
         vectors = super().lookup(ids, table)
@@ -152,6 +173,10 @@ MUTANTS = {
     FitsNothing: "reconstruction",
     ServesOtherVectors: "finalize",
     ForgetsWidths: "widths",
+    ScoresOtherVectors: "scores",
+    ScoresWithoutGradients: "scores",
+    ScoresPadding: "scores",
+    ScoresAllAtOnce: "scores",
     LooksAtTheIds: "compile",
     AllocatesEverything: "huge_tables",
     ShrinksAsItGrows: "size_knob",

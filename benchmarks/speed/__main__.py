@@ -17,10 +17,11 @@ from benchmarks.speed.lookup_memory import measure_memory
 from benchmarks.speed.lookups import measure_lookups
 from benchmarks.speed.machine import Machine
 from benchmarks.speed.optembed import QUICK_AMOUNTS, Amounts, measure_optembed
+from benchmarks.speed.scores import measure_scores
 from benchmarks.speed.setting import ORDERS, QUICK, Setting
 from benchmarks.speed.training_steps import measure_steps
 
-SECTIONS = ("lookup", "step", "memory", "deepfm", "optembed")
+SECTIONS = ("lookup", "step", "memory", "scores", "deepfm", "optembed")
 _DEEPFM_STEPS = 100
 _QUICK_ROWS = (300, 100)
 _QUICK_DEEPFM = (2, _QUICK_ROWS)
@@ -55,6 +56,7 @@ def _measure(section: str, setting: Setting, quick: bool) -> Iterable[Row]:
         "lookup": measure_lookups,
         "step": measure_steps,
         "memory": measure_memory,
+        "scores": measure_scores,
     }
     return measure[section](setting)
 
@@ -66,7 +68,9 @@ def _setting(options: argparse.Namespace) -> Setting:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m benchmarks.speed", description="Measure lookups and training steps.")
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.speed", description="Measure lookups, training steps and scores."
+    )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="sections; default: all")
     parser.add_argument("--dim", nargs="+", type=_positive, help="dimensions D; default: 16 64")
     parser.add_argument("--order", nargs="+", choices=ORDERS, help="where frequent ids lie; default: both ways")

@@ -47,6 +47,7 @@ from embcomp.testing.lookups import (
     check_tiny_tables,
     check_whole_tables,
 )
+from embcomp.testing.scoring import check_scores
 from embcomp.testing.training import (
     check_autocast,
     check_evaluation_changes_nothing,
@@ -67,6 +68,7 @@ CHECKS: tuple[Callable[[str | StrategyConfig], None], ...] = (
     check_table_argument,
     check_bags,
     check_whole_tables,
+    check_scores,
     check_seeds,
     check_ids_differ,
     check_initial_spread,

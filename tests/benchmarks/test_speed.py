@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.speed import contest, deepfm, fbgemm, optembed, report
+from benchmarks.speed import contest, deepfm, fbgemm, optembed, report, scores
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.contest import WARM_UP, Contestant, Row, Versus, rows_of, take_turns
 from benchmarks.speed.deepfm import BareDeepFM, made_log
@@ -14,6 +14,7 @@ from benchmarks.speed.lookup_memory import peak_bytes
 from benchmarks.speed.lookups import STACKED, measure_lookups
 from benchmarks.speed.machine import Machine
 from benchmarks.speed.optembed import QUICK_AMOUNTS, Amounts, Training, measure_optembed
+from benchmarks.speed.scores import measure_scores
 from benchmarks.speed.setting import QUICK, Setting, zipf_ids
 from benchmarks.speed.training_steps import FBGEMM, FULL, HASH, TORCH, measure_steps
 from embcomp import build_tables, make_config
@@ -32,7 +33,8 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     result = json.loads(path.read_text())
     assert result["machine"]["copy_gigabytes_per_second"] > 0
     assert result["setting"]["tables"] == QUICK.tables
-    assert {row["section"] for row in result["rows"]} == {"lookup", "training step", "memory", "deepfm", "optembed"}
+    sections = {"lookup", "training step", "memory", "scores", "memory of scores", "deepfm", "optembed"}
+    assert {row["section"] for row in result["rows"]} == sections
     for row in result["rows"]:
         assert row["name"] in printed
         assert row["median"] is None or 0 < row["minimum"] <= row["median"]
@@ -141,6 +143,20 @@ def test_every_wanted_ratio_is_judged():
     steps = {row.name: row for row in measure_steps(QUICK) if row.limit is not None}
     assert (steps[FULL].limit, steps[HASH].limit, steps[HASH].peer) == (1.0, 1.0, FULL)
     assert steps[FULL].peer in (FBGEMM[0], TORCH)
+
+
+def test_both_ways_of_scoring_are_measured_where_there_are_two():
+    rows = [row for row in measure_scores(QUICK) if row.section == "scores" and row.name != scores.MATERIALIZED]
+    for name in scores.STRATEGIES:
+        found = {row.name: row for row in rows if row.case.startswith(f"{name}, ")}
+        has_two = name not in ("full", "compositional, product", "low_rank")
+        assert found.keys() == {"scores", *((scores.ROWS_FIRST, scores.COMPOSED) if has_two else ())}
+    judged = [row for row in rows if row.name == "scores" and row.limit is not None]
+    assert {row.peer for row in judged} == {scores.MATERIALIZED, scores.ROWS_FIRST, scores.COMPOSED}
+    tables, queries = build_tables(QUICK.specs(8), "hash", "50%"), torch.randn(4, 8)
+    wanted = scores._materialized(tables, queries)
+    for rows_first in (True, False):
+        torch.testing.assert_close(scores._in_one_way(tables, queries, rows_first), wanted)
 
 
 def test_ids_follow_zipfs_law():

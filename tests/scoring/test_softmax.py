@@ -190,7 +190,7 @@ class TestMemory:
         assert len(composed) == 3 * 7
 
     @pytest.mark.slow
-    @pytest.mark.parametrize(("strategy", "budget", "limit"), [("full", None, 2600), ("hash", "10%", 900)])
+    @pytest.mark.parametrize(("strategy", "budget", "limit"), [("full", None, 2048), ("hash", "10%", 900)])
     def test_a_million_items_and_2048_queries(self, strategy, budget, limit):
         """In MiB at the most, parameters, gradients and Adam's state of the table among them."""
         code = f"""
