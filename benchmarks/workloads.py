@@ -46,7 +46,7 @@ class Workload(ABC):
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
         self.model_name, self.data_name = str(config["model"]["name"]), str(config["data"]["name"])
-        self.options = _options(config["model"])
+        self.options = group_options(config["model"])
         self.embedding_dim, self.init_std = int(config["embedding_dim"]), float(config["init_std"])
 
     @abstractmethod
@@ -81,7 +81,7 @@ class Clicks(Workload):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
-        self.data = load_dataset(self.data_name, *_places(config), **_options(config["data"]))
+        self.data = load_dataset(self.data_name, *places_of(config), **group_options(config["data"]))
 
     def specs(self) -> list[TableSpec]:
         """A table per field."""
@@ -133,7 +133,7 @@ class Sessions(Workload):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
-        self.data = load_sessions(self.data_name, *_places(config), **_options(config["data"]))
+        self.data = load_sessions(self.data_name, *places_of(config), **group_options(config["data"]))
 
     def specs(self) -> list[TableSpec]:
         """Tables of items, of attributes, or both."""
@@ -198,9 +198,11 @@ def workload_of(config: Mapping[str, Any]) -> Workload:
     return Clicks(config)
 
 
-def _places(config: Mapping[str, Any]) -> tuple[Any, Any]:
+def places_of(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Where the data sets are, and their cache."""
     return config.get("data_root"), config.get("data_cache")
 
 
-def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+def group_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in a group of a config, without its name."""
     return {name: value for name, value in group.items() if name != "name"}

@@ -138,7 +138,7 @@ def _together(train: Sequences, num_items: int) -> sparse.csr_matrix:
     total = sparse.csr_matrix((num_items, num_items))
     for first in range(0, len(train), _SESSIONS):
         offsets = train.offsets[first : first + _SESSIONS + 1]
-        items = train.items[offsets[0] : offsets[-1]]
+        items = np.array(train.items[offsets[0] : offsets[-1]])  # a copy: duplicates are summed in place
         occurs = sparse.csr_matrix(
             (np.ones(len(items)), items, offsets - offsets[0]), shape=(len(offsets) - 1, num_items)
         )

@@ -1,0 +1,25 @@
+"""The table of floors, as a person asks for it."""
+
+import pytest
+
+from benchmarks.floors import main
+
+
+def test_floors_are_printed_as_markdown(tmp_path, capsys):
+    main(["data=sessions/synthetic_sessions", "data.sessions=500", "data.items=80", f"data_cache={tmp_path}"])
+    head, _, popularity, knn = capsys.readouterr().out.splitlines()
+    assert head == "| model | bytes | test NDCG@10 | test HR@10 | test MRR@20 | test HR@20 |"
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in (popularity, knn)]
+    found = {row[0]: [float(cell) for cell in row[2:]] for row in rows}
+    assert list(found) == ["popularity", "item_knn"]
+    assert found["item_knn"][0] > found["popularity"][0] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["data=sessions/synthetic"], "did you mean"), (["data=sessions/yoochoose", "data_root=/nowhere"], "/nowhere")],
+)
+def test_wrong_arguments(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, f"data_cache={tmp_path}"])
+    assert message in capsys.readouterr().err
