@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,8 @@ from embcomp.stretches import Stretch, check_chunk, ids_at_once
 
 REDUCTIONS = ("mean", "none", "sum")
 _PIECE = 1 << 16
+_BLOCK_SCORES = 1 << 19
+"""Scores of some queries for all items that are computed at once: 2 MiB, so that they stay in the cache of a core."""
 
 
 def cross_entropy(
@@ -31,9 +33,11 @@ def cross_entropy(
 ) -> Tensor:
     """Cross-entropy of the softmax over all items: ``F.cross_entropy(scorer.scores(queries), targets)``.
 
-    Where all scores fit into a chunk, they are computed at once. Otherwise chunk by chunk, and again in the backward
-    pass, so that memory is taken for a chunk of scores, and for as many vectors as a dense gradient of the tables has
-    values, not for ``(N, V)``. It takes four matrix products in place of three. There are no second derivatives then.
+    Where all scores fit into a chunk, they are computed at once. Otherwise memory is taken for a chunk of scores, and
+    for as many vectors as a dense gradient of the tables has values, not for ``(N, V)``. Catalogues whose vectors can
+    be there at once are gone through by queries, some at a time against all items, and gradients are worked out along
+    with the loss: three matrix products, as ever. Larger ones are gone through by items, chunk by chunk and again in
+    the backward pass, which makes four. There are no second derivatives then.
 
     Args:
         scorer: the catalogue of V items.
@@ -72,18 +76,34 @@ def _in_chunks(
     counts = targets != ignore_index
     kept = counts.nonzero().squeeze(1)
     block = check_chunk(chunk) or ids_at_once(queries[kept])
-    loss = _losses(scorer, queries[kept], targets[kept], block)
+    stretches = scorer.stretches(queries[kept])
+    most = max(block, scorer.gradient_rows, _PIECE)
+    if reduction != "none" and len(stretches) == 1 and scorer.num_items <= most:
+        total = _sum_by_queries(scorer, stretches[0], targets[kept], block * len(kept))
+        return total / len(kept) if reduction == "mean" else total
+    loss = _losses(scorer, stretches, targets[kept], block, most)
     if reduction == "mean":
         return loss.mean()
     return loss.sum() if reduction == "sum" else loss.new_zeros(len(queries)).index_put((kept,), loss)
 
 
-def _losses(scorer: ItemScorer, queries: Tensor, targets: Tensor, block: int) -> Tensor:
-    """Losses of queries ``(N, D)``, which all count: ``(N,)``."""
+def _sum_by_queries(scorer: ItemScorer, stretch: Stretch, targets: Tensor, scores: int) -> Tensor:
+    """The sum of the losses of queries that all count, a scalar, of a catalogue whose vectors are composed at once."""
+    vectors = _compose(stretch.vectors, range(scorer.num_items), scorer.zero_id)
+    dtype = dtype_of_products(stretch.queries)
+    rows = max(min(scores, _BLOCK_SCORES) // scorer.num_items, 1)
+    queries = stretch.queries.to(dtype)
+    with exact(queries.device):
+        total: Tensor = _SoftmaxByQueries.apply(queries, vectors.to(dtype), scorer.bias, targets, rows)
+    return total
+
+
+def _losses(scorer: ItemScorer, stretches: Sequence[Stretch], targets: Tensor, block: int, most: int) -> Tensor:
+    """Losses of queries that all count: ``(N,)``."""
     found = [
         _score_piece(scorer, stretch, ids, targets, block, again=is_cut)
-        for stretch in scorer.stretches(queries)
-        for ids, is_cut in _pieces(stretch, max(block, scorer.gradient_rows, _PIECE))
+        for stretch in stretches
+        for ids, is_cut in _pieces(stretch, most)
     ]
     totals, picked = zip(*found, strict=True)
     return torch.stack(totals).logsumexp(0) - torch.stack(picked).sum(0)
@@ -118,6 +138,51 @@ def _compose(vectors: Callable[[range], Tensor], ids: range, zero: int | None) -
     if zero is None or not 0 <= zero < len(ids):
         return found
     return found.index_fill(0, torch.tensor([zero], device=found.device), 0.0)
+
+
+class _SoftmaxByQueries(torch.autograd.Function):
+    """The sum of cross-entropies, some queries at a time, so that their logits stay in the caches.
+
+    As the result is a single number, gradients are known up to a factor, and are worked out while logits are there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, vectors: Tensor, bias: Tensor | None, targets: Tensor, rows: int) -> Tensor:
+        """Score queries ``(N, d)`` against vectors ``(V, d)``, so many rows at once."""
+        dtype = torch.promote_types(queries.dtype, torch.float32)
+        of_queries, of_vectors, of_bias = ctx.needs_input_grad[:3]
+        grad_queries = torch.empty_like(queries) if of_queries else None
+        grad_vectors = torch.zeros(vectors.shape, dtype=dtype, device=vectors.device) if of_vectors else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and of_bias else None
+        total = torch.zeros((), dtype=dtype, device=queries.device)
+        for start in range(0, len(queries), rows):
+            some, column = queries[start : start + rows], targets[start : start + rows, None]
+            logits = (some @ vectors.transpose(0, 1)).to(dtype)
+            if bias is not None:
+                logits += bias
+            picked, top = logits.gather(1, column), logits.amax(1, keepdim=True)
+            sums = logits.sub_(top).exp_().sum(1, keepdim=True)
+            total += (sums.log() + top - picked).sum()
+            if grad_queries is None and grad_vectors is None and grad_bias is None:
+                continue
+            logits.div_(sums).scatter_add_(1, column, torch.full_like(picked, -1.0))
+            if grad_bias is not None:
+                grad_bias += logits.sum(0)
+            grad_logits = logits.to(queries.dtype)
+            if grad_queries is not None:
+                torch.mm(grad_logits, vectors, out=grad_queries[start : start + rows])
+            if grad_vectors is not None:
+                grad_vectors += grad_logits.transpose(0, 1) @ some
+        ctx.save_for_backward(grad_queries, grad_vectors, grad_bias)
+        ctx.dtype = vectors.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of queries, vectors and bias."""
+        found = [None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors]
+        return found[0], None if found[1] is None else found[1].to(ctx.dtype), found[2], None, None
 
 
 class _SoftmaxPiece(torch.autograd.Function):
