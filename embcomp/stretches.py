@@ -49,9 +49,9 @@ class RowTerm:
     num_places: int = 1
     weights: Callable[[Tensor], Tensor] | None = None
 
-    def score_rows(self, places: Ids) -> Tensor:
-        """Scores of stored rows by their place: float ``(N, n)``."""
-        return self.queries @ self.store.rows_from(self.first, places, self.segment).transpose(0, 1)
+    def score_rows(self, places: Ids, out: Tensor | None = None) -> Tensor:
+        """Scores of stored rows by their place: float ``(N, n)``, written to ``out`` where it is given."""
+        return _products(self.queries, self.store.rows_from(self.first, places, self.segment), out)
 
     def gather(self, row_scores: Tensor, ids: Tensor) -> Tensor:
         """Scores of ids, ``(N, n)``, from those of the rows, ``(N, R)``."""
@@ -150,22 +150,33 @@ class RangeScores:
             is_first = rows_come_first(stretch, torch.is_grad_enabled()) if rows_first is None else rows_first
             self._row_scores.append(_score_rows(stretch.terms, chunk, least) if is_first and stretch.terms else None)
 
-    def __call__(self, ids: Ids) -> Tensor:
-        """Score ids: int64 ``(n,)`` or a range, in ``[0, V)``, to float ``(N, n)``, the caller's own to write to."""
-        found = self._of_ranges(ids) if isinstance(ids, range) else self._of_any(ids)
+    def __call__(self, ids: Ids, out: Tensor | None = None) -> Tensor:
+        """Score ids: int64 ``(n,)`` or a range, in ``[0, V)``, to float ``(N, n)``, the caller's own to write to.
+
+        Scores of a range can be written to ``out``, where there are no gradients.
+        """
+        found = self._of_ranges(ids, out) if isinstance(ids, range) else self._of_any(ids)
         if self.zero_id is not None:
             if isinstance(ids, Tensor):
                 found = found.masked_fill(ids == self.zero_id, 0.0)
             elif self.zero_id in ids:
                 found[:, ids.index(self.zero_id)] = 0.0
         if self.bias is not None:
-            found = found + (self.bias[ids.start : ids.stop] if isinstance(ids, range) else self.bias[ids])
+            bias = self.bias[ids.start : ids.stop] if isinstance(ids, range) else self.bias[ids]
+            found = found + bias if out is None else found.add_(bias)
         return found
 
-    def _of_ranges(self, ids: range) -> Tensor:
-        own = [stretch.own(ids) for stretch in self.stretches]
-        parts = [self._of_stretch(number, part) for number, part in enumerate(own) if len(part)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    def _of_ranges(self, ids: range, out: Tensor | None) -> Tensor:
+        own = [(number, stretch.own(ids)) for number, stretch in enumerate(self.stretches)]
+        own = [(number, part) for number, part in own if len(part)]
+        if len(own) == 1:
+            return self._of_stretch(*own[0], out)
+        if out is None:
+            return torch.cat([self._of_stretch(number, part) for number, part in own], dim=1)
+        columns = out.split([len(part) for _, part in own], dim=1)
+        for (number, part), place in zip(own, columns, strict=True):
+            self._of_stretch(number, part, place)
+        return out
 
     def _of_any(self, ids: Tensor) -> Tensor:
         if len(self.stretches) == 1:
@@ -176,16 +187,21 @@ class RangeScores:
             places.append(((ids >= stretch.ids.start) & (ids < stretch.ids.stop)).nonzero().squeeze(1))
         return torch.cat(parts, dim=1).index_select(1, torch.cat(places).argsort())
 
-    def _of_stretch(self, number: int, ids: Ids) -> Tensor:
+    def _of_stretch(self, number: int, ids: Ids, out: Tensor | None = None) -> Tensor:
         stretch, row_scores = self.stretches[number], self._row_scores[number]
         if row_scores is None:
-            return stretch.queries @ stretch.vectors(ids).transpose(0, 1)
+            return _products(stretch.queries, stretch.vectors(ids), out)
         rows = torch.arange(ids.start, ids.stop, device=stretch.queries.device) if isinstance(ids, range) else ids
         parts = [term.gather(own, rows) for term, own in zip(stretch.terms, row_scores, strict=True)]
         total = parts[0]
         for part in parts[1:]:
             total = total.add_(part)
-        return total
+        return total if out is None else out.copy_(total)
+
+
+def _products(queries: Tensor, vectors: Tensor, out: Tensor | None) -> Tensor:
+    found = vectors.transpose(0, 1)
+    return queries @ found if out is None else torch.mm(queries, found, out=out)
 
 
 def _score_rows(terms: Sequence[RowTerm], chunk: int | None, least: int) -> list[Tensor]:
@@ -194,7 +210,11 @@ def _score_rows(terms: Sequence[RowTerm], chunk: int | None, least: int) -> list
 
 
 def assemble(
-    scores: Callable[[range], Tensor], queries: Tensor, number: int, chunk: int | None = None, least: int = 0
+    scores: Callable[[range, Tensor | None], Tensor],
+    queries: Tensor,
+    number: int,
+    chunk: int | None = None,
+    least: int = 0,
 ) -> Tensor:
     """Put scores of ids together, chunk by chunk, in no more memory than the result and a chunk.
 
@@ -202,8 +222,8 @@ def assemble(
     as large as all that is trained, however few its ids, so chunks are then of ``least`` ids at least.
 
     Args:
-        scores: ids to ``(N, n)``.
-        queries: ``(N, d)``.
+        scores: ids to ``(N, n)``, written to a tensor that is given, where there are no gradients.
+        queries: ``(N, D)``.
         number: V, how many ids there are, from 0 on.
         chunk: ids at once; None for `ids_at_once`.
         least: see above.
@@ -219,16 +239,25 @@ def assemble(
     size = max(size, least) if with_gradient else size
     ranges = [range(start, min(start + size, number)) for start in range(0, number, size)]
     if len(ranges) == 1:
-        return scores(ranges[0])
+        return scores(ranges[0], None)
     if torch.compiler.is_compiling():
-        return torch.cat([scores(ids) for ids in ranges], dim=1)
-    out: Tensor | None = None
+        return torch.cat([scores(ids, None) for ids in ranges], dim=1)
+    out = queries.new_empty(len(queries), number, dtype=dtype_of_products(queries))
     for ids in ranges:
-        part = checkpoint(scores, ids, use_reentrant=False) if with_gradient else scores(ids)
-        out = part.new_empty(len(queries), number) if out is None else out
-        out = _Write.apply(out, part, ids.start)
-    assert out is not None
+        if with_gradient:
+            out = _Write.apply(out, checkpoint(scores, ids, None, use_reentrant=False), ids.start)
+        elif out.dtype == queries.dtype:
+            scores(ids, out[:, ids.start : ids.stop])
+        else:  # autocast, which writes to no given tensor
+            out[:, ids.start : ids.stop] = scores(ids, None)
     return out
+
+
+def dtype_of_products(queries: Tensor) -> torch.dtype:
+    """The dtype that queries are multiplied in: autocast's, where it is on, else their own."""
+    device = queries.device.type
+    is_lower = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_lower else queries.dtype
 
 
 def ids_at_once(queries: Tensor) -> int:

@@ -89,6 +89,11 @@ def test_any_ids_have_the_scores_that_they_have_in_their_ranges(monkeypatch, nam
     torch.testing.assert_close(scores(ids), wanted[:, ids], rtol=1e-4, atol=1e-5)
     for start, stop in ((0, 211), (3, 5), (49, 121), (120, 121), (4, 4 + 1)):
         torch.testing.assert_close(scores(range(start, stop)), wanted[:, start:stop], rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            out = torch.full((5, 300), torch.nan)
+            scores(range(start, stop), out[:, 7 : 7 + stop - start])
+        torch.testing.assert_close(out[:, 7 : 7 + stop - start], wanted[:, start:stop], rtol=1e-4, atol=1e-5)
+        assert out.isnan().sum() == 5 * (300 - stop + start)
 
 
 @pytest.mark.parametrize("rows", ["float16", "float16:pure", "int8:row", "int4:column", "int2:group64", "float32"])
@@ -274,4 +279,4 @@ def test_nothing_is_scored():
     assert tables.scores("item", torch.zeros(0, 8)).shape == (0, 211)
     assert tables.scores("item", torch.zeros(2, 0, 8), chunk=3).shape == (2, 0, 211)
     assert tables.scores("item", torch.zeros(8)).shape == (211,)
-    assert assemble(lambda ids: torch.ones(1, len(ids)), torch.zeros(1, 8), 10, 3).tolist() == [[1.0] * 10]
+    assert assemble(lambda ids, out: torch.ones(1, len(ids)), torch.zeros(1, 8), 10, 3).tolist() == [[1.0] * 10]
