@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import embcomp
-from embcomp import HashConfig, InputError, TableSpec, build_tables, make_config, stretches
+from embcomp import HashConfig, InputError, TableSpec, build_tables, make_config, range_scores
+from embcomp.range_scores import RangeScores, assemble
 from embcomp.storage import make_row_store
 from embcomp.strategies.full import FullTables
-from embcomp.stretches import MOST_ROW_SCORES, RangeScores, RowTerm, Stretch, assemble, rows_come_first
+from embcomp.stretches import MOST_ROW_SCORES, RowTerm, Stretch, rows_come_first
 from embcomp.testing._cases import build
 from embcomp.testing.training import LargestTensor
 
@@ -49,7 +50,7 @@ def built(name, budget="40%"):
 
 def both_ways(monkeypatch, rows_first):
     monkeypatch.setattr(
-        stretches, "rows_come_first", lambda stretch, gradients=False: rows_first and bool(stretch.terms)
+        range_scores, "rows_come_first", lambda stretch, gradients=False: rows_first and bool(stretch.terms)
     )
 
 
@@ -174,7 +175,7 @@ class TestMemory:
     def test_the_gradients_of_writing_are_views(self):
         parts, base = [torch.ones(2, 3, requires_grad=True) for _ in range(3)], torch.empty(2, 9)
         for number, part in enumerate(parts):
-            base = stretches._Write.apply(base, part, 3 * number)
+            base = range_scores._Write.apply(base, part, 3 * number)
         pull = torch.arange(18.0).view(2, 9)
         base.backward(pull)
         assert all(torch.equal(part.grad, pull[:, 3 * n : 3 * n + 3]) for n, part in enumerate(parts))
