@@ -1,4 +1,4 @@
-"""Scores of a table's ids for some queries, range by range: composed in chunks, or gathered from scores of stored rows.
+"""Stretches: how the ids of a table are scored by queries, by vectors or by stored rows, and which of the two is less.
 
 Shapes: ``N`` queries, ``V`` ids of a table, ``n`` ids that are asked for, ``D`` output dimension, ``d`` values that a
 stretch is scored by, ``R`` stored rows, ``H`` stored rows per id.
@@ -8,21 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from embcomp.errors import InputError
 from embcomp.storage import Ids, RowStore, Segment
 
 FLOPS_PER_BYTE = 16
-"""Floating-point operations that take as long as moving a byte: 12 to 20 on CPU cores with wide vectors and on GPUs."""
+"""Float32 operations that take as long as moving a byte: some 20 as measured on a CPU core, 12 by GPUs' data sheets."""
 MOST_ROW_SCORES = 1 << 24
-"""Scores of stored rows that may be kept while ids are scored."""
-_CHUNK_SCORES, _CHUNK_SCORES_ON_CPU = 1 << 24, 1 << 20
-_SMALLEST_CHUNK, _LARGEST_CHUNK = 1024, 1 << 16
+"""Scores of stored rows that may be kept while the ids of a stretch are scored."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +44,9 @@ class RowTerm:
     num_places: int = 1
     weights: Callable[[Tensor], Tensor] | None = None
 
-    def score_rows(self, places: Ids) -> Tensor:
-        """Scores of stored rows by their place: float ``(N, n)``."""
-        return self.queries @ self.store.rows_from(self.first, places, self.segment).transpose(0, 1)
+    def score_rows(self, places: Ids, out: Tensor | None = None) -> Tensor:
+        """Scores of stored rows by their place: float ``(N, n)``, written to ``out`` where it is given."""
+        return products(self.queries, self.store.rows_from(self.first, places, self.segment), out)
 
     def gather(self, row_scores: Tensor, ids: Tensor) -> Tensor:
         """Scores of ids, ``(N, n)``, from those of the rows, ``(N, R)``."""
@@ -123,166 +118,7 @@ def rows_come_first(stretch: Stretch, with_gradients: bool = False) -> bool:
     return row_scores <= MOST_ROW_SCORES and gathering < composing
 
 
-class RangeScores:
-    """Scores of any ids of a catalogue for some queries; what ids have in common is worked out once, when it is made.
-
-    Args:
-        stretches: of the catalogue, in order, without a gap.
-        zero_id: the id whose vector is zero, whatever the stretches say; None where there is none.
-        bias: float ``(V,)``, or None.
-        least: ids that are best taken at once where there are gradients; see `assemble`.
-        chunk: rows that are scored at once; None for `ids_at_once`.
-        rows_first: score stretches with terms by stored rows, or not; None to let `rows_come_first` say so.
-    """
-
-    def __init__(
-        self,
-        stretches: Sequence[Stretch],
-        zero_id: int | None = None,
-        bias: Tensor | None = None,
-        least: int = 0,
-        chunk: int | None = None,
-        rows_first: bool | None = None,
-    ) -> None:
-        self.stretches, self.zero_id, self.bias = stretches, zero_id, bias
-        self._row_scores: list[list[Tensor] | None] = []
-        for stretch in stretches:
-            is_first = rows_come_first(stretch, torch.is_grad_enabled()) if rows_first is None else rows_first
-            self._row_scores.append(_score_rows(stretch.terms, chunk, least) if is_first and stretch.terms else None)
-
-    def __call__(self, ids: Ids) -> Tensor:
-        """Score ids: int64 ``(n,)`` or a range, in ``[0, V)``, to float ``(N, n)``, the caller's own to write to."""
-        found = self._of_ranges(ids) if isinstance(ids, range) else self._of_any(ids)
-        if self.zero_id is not None:
-            if isinstance(ids, Tensor):
-                found = found.masked_fill(ids == self.zero_id, 0.0)
-            elif self.zero_id in ids:
-                found[:, ids.index(self.zero_id)] = 0.0
-        if self.bias is not None:
-            found = found + (self.bias[ids.start : ids.stop] if isinstance(ids, range) else self.bias[ids])
-        return found
-
-    def _of_ranges(self, ids: range) -> Tensor:
-        own = [stretch.own(ids) for stretch in self.stretches]
-        parts = [self._of_stretch(number, part) for number, part in enumerate(own) if len(part)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-    def _of_any(self, ids: Tensor) -> Tensor:
-        if len(self.stretches) == 1:
-            return self._of_stretch(0, ids)
-        parts, places = [], []
-        for number, stretch in enumerate(self.stretches):
-            parts.append(self._of_stretch(number, stretch.own(ids)))
-            places.append(((ids >= stretch.ids.start) & (ids < stretch.ids.stop)).nonzero().squeeze(1))
-        return torch.cat(parts, dim=1).index_select(1, torch.cat(places).argsort())
-
-    def _of_stretch(self, number: int, ids: Ids) -> Tensor:
-        stretch, row_scores = self.stretches[number], self._row_scores[number]
-        if row_scores is None:
-            return stretch.queries @ stretch.vectors(ids).transpose(0, 1)
-        rows = torch.arange(ids.start, ids.stop, device=stretch.queries.device) if isinstance(ids, range) else ids
-        parts = [term.gather(own, rows) for term, own in zip(stretch.terms, row_scores, strict=True)]
-        total = parts[0]
-        for part in parts[1:]:
-            total = total.add_(part)
-        return total
-
-
-def _score_rows(terms: Sequence[RowTerm], chunk: int | None, least: int) -> list[Tensor]:
-    """Scores of the stored rows of each term, ``(N, R)``."""
-    return [assemble(term.score_rows, term.queries, term.num_rows, chunk, least) for term in terms]
-
-
-def assemble(
-    scores: Callable[[range], Tensor], queries: Tensor, number: int, chunk: int | None = None, least: int = 0
-) -> Tensor:
-    """Put scores of ids together, chunk by chunk, in no more memory than the result and a chunk.
-
-    With gradients, what a chunk is composed of is composed again in the backward pass. The dense gradient of a chunk is
-    as large as all that is trained, however few its ids, so chunks are then of ``least`` ids at least.
-
-    Args:
-        scores: ids to ``(N, n)``.
-        queries: ``(N, d)``.
-        number: V, how many ids there are, from 0 on.
-        chunk: ids at once; None for `ids_at_once`.
-        least: see above.
-
-    Returns:
-        float ``(N, V)``.
-
-    Raises:
-        InputError: if the chunk is not an int of at least 1.
-    """
-    size = check_chunk(chunk) or ids_at_once(queries)
-    with_gradient = torch.is_grad_enabled()
-    size = max(size, least) if with_gradient else size
-    ranges = [range(start, min(start + size, number)) for start in range(0, number, size)]
-    if len(ranges) == 1:
-        return scores(ranges[0])
-    if torch.compiler.is_compiling():
-        return torch.cat([scores(ids) for ids in ranges], dim=1)
-    out: Tensor | None = None
-    for ids in ranges:
-        part = checkpoint(scores, ids, use_reentrant=False) if with_gradient else scores(ids)
-        out = part.new_empty(len(queries), number) if out is None else out
-        out = _Write.apply(out, part, ids.start)
-    assert out is not None
-    return out
-
-
-def ids_at_once(queries: Tensor) -> int:
-    """How many ids to score at once: on CPU as many as leave their scores in its caches, a few megabytes.
-
-    In a compiled or exported graph it is a constant, so that the number of queries is free.
-    """
-    if torch.compiler.is_compiling():
-        return _LARGEST_CHUNK
-    scores = _CHUNK_SCORES_ON_CPU if queries.device.type == "cpu" else _CHUNK_SCORES
-    return min(max(scores // max(len(queries), 1), _SMALLEST_CHUNK), _LARGEST_CHUNK)
-
-
-def check_chunk(chunk: int | None) -> int | None:
-    """Return the chunk.
-
-    Raises:
-        InputError: if it is neither None nor an int of at least 1.
-    """
-    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-        raise InputError(f"chunk={chunk!r}: give the number of ids that are scored at once, at least 1, or None")
-    return chunk
-
-
-def check_queries(
-    queries: Tensor, dim: int, device: torch.device, what: str, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Return queries ``(..., D)`` in the dtype that they are scored in; 16 bits count as float32.
-
-    Raises:
-        InputError: if they have the wrong dtype, device or last dimension; the message names ``what`` they are for.
-    """
-    if not isinstance(queries, Tensor) or queries.dtype not in (dtype, torch.float16, torch.bfloat16):
-        got = queries.dtype if isinstance(queries, Tensor) else type(queries).__name__
-        raise InputError(f"queries for {what} must be a {dtype} tensor, not {got}")
-    if queries.dim() == 0 or queries.shape[-1] != dim:
-        raise InputError(
-            f"queries of shape {tuple(queries.shape)} for {what} of dimension {dim}: they must be (..., {dim})"
-        )
-    if queries.device != device:
-        raise InputError(f"queries are on {queries.device}, {what} on {device}: move one of them")
-    return queries.to(dtype)
-
-
-class _Write(torch.autograd.Function):
-    """Write columns that nobody wrote before; unlike a slice's, its gradient copies nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, part: Tensor, start: int) -> Tensor:
-        ctx.columns = slice(start, start + part.shape[1])
-        ctx.mark_dirty(out)
-        out[:, ctx.columns] = part
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        return gradient, gradient[:, ctx.columns], None
+def products(queries: Tensor, vectors: Tensor, out: Tensor | None = None) -> Tensor:
+    """Inner products of queries ``(N, d)`` and vectors ``(n, d)``: ``(N, n)``, written to ``out`` where it is given."""
+    found = vectors.transpose(0, 1)
+    return queries @ found if out is None else torch.mm(queries, found, out=out)

@@ -21,9 +21,10 @@ from embcomp.errors import ConfigError, IncompatibleStateError, InputError, Spec
 from embcomp.hashing import check_range, hash_seed, hash_to_range
 from embcomp.memory import SHARED, MemoryPart, MemoryReport, format_bytes
 from embcomp.phases import PLAIN, Phase
+from embcomp.range_scores import RangeScores, assemble, check_queries
 from embcomp.specs import Knowledge, TableSpec, as_int, check_group
 from embcomp.storage import Ids, RowStore
-from embcomp.stretches import RangeScores, Stretch, assemble, check_queries
+from embcomp.stretches import Stretch
 
 if TYPE_CHECKING:
     from embcomp.budget import Budget

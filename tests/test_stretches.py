@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import embcomp
-from embcomp import HashConfig, InputError, TableSpec, build_tables, make_config, stretches
+from embcomp import HashConfig, InputError, TableSpec, build_tables, make_config, range_scores
+from embcomp.range_scores import RangeScores, assemble
 from embcomp.storage import make_row_store
 from embcomp.strategies.full import FullTables
-from embcomp.stretches import MOST_ROW_SCORES, RangeScores, RowTerm, Stretch, assemble, rows_come_first
+from embcomp.stretches import MOST_ROW_SCORES, RowTerm, Stretch, rows_come_first
 from embcomp.testing._cases import build
 from embcomp.testing.training import LargestTensor
 
@@ -49,7 +50,7 @@ def built(name, budget="40%"):
 
 def both_ways(monkeypatch, rows_first):
     monkeypatch.setattr(
-        stretches, "rows_come_first", lambda stretch, gradients=False: rows_first and bool(stretch.terms)
+        range_scores, "rows_come_first", lambda stretch, gradients=False: rows_first and bool(stretch.terms)
     )
 
 
@@ -89,6 +90,11 @@ def test_any_ids_have_the_scores_that_they_have_in_their_ranges(monkeypatch, nam
     torch.testing.assert_close(scores(ids), wanted[:, ids], rtol=1e-4, atol=1e-5)
     for start, stop in ((0, 211), (3, 5), (49, 121), (120, 121), (4, 4 + 1)):
         torch.testing.assert_close(scores(range(start, stop)), wanted[:, start:stop], rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            out = torch.full((5, 300), torch.nan)
+            scores(range(start, stop), out[:, 7 : 7 + stop - start])
+        torch.testing.assert_close(out[:, 7 : 7 + stop - start], wanted[:, start:stop], rtol=1e-4, atol=1e-5)
+        assert out.isnan().sum() == 5 * (300 - stop + start)
 
 
 @pytest.mark.parametrize("rows", ["float16", "float16:pure", "int8:row", "int4:column", "int2:group64", "float32"])
@@ -169,7 +175,7 @@ class TestMemory:
     def test_the_gradients_of_writing_are_views(self):
         parts, base = [torch.ones(2, 3, requires_grad=True) for _ in range(3)], torch.empty(2, 9)
         for number, part in enumerate(parts):
-            base = stretches._Write.apply(base, part, 3 * number)
+            base = range_scores._Write.apply(base, part, 3 * number)
         pull = torch.arange(18.0).view(2, 9)
         base.backward(pull)
         assert all(torch.equal(part.grad, pull[:, 3 * n : 3 * n + 3]) for n, part in enumerate(parts))
@@ -274,4 +280,4 @@ def test_nothing_is_scored():
     assert tables.scores("item", torch.zeros(0, 8)).shape == (0, 211)
     assert tables.scores("item", torch.zeros(2, 0, 8), chunk=3).shape == (2, 0, 211)
     assert tables.scores("item", torch.zeros(8)).shape == (211,)
-    assert assemble(lambda ids: torch.ones(1, len(ids)), torch.zeros(1, 8), 10, 3).tolist() == [[1.0] * 10]
+    assert assemble(lambda ids, out: torch.ones(1, len(ids)), torch.zeros(1, 8), 10, 3).tolist() == [[1.0] * 10]

@@ -13,7 +13,7 @@ from benchmarks.speed.contest import Contestant, Row, Seconds, Versus, rows_of, 
 from benchmarks.speed.lookup_memory import peak_bytes
 from benchmarks.speed.setting import Setting
 from embcomp import BudgetError, EmbeddingTables, TableSpec, build_tables, make_config
-from embcomp.stretches import RangeScores, assemble
+from embcomp.range_scores import RangeScores, assemble
 
 STRATEGIES = {
     "full": make_config("full"),

@@ -69,10 +69,3 @@ def exact(device: torch.device) -> contextlib.AbstractContextManager[object]:
     if not torch.amp.is_autocast_available(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
-
-
-def dtype_of_products(queries: Tensor) -> torch.dtype:
-    """The dtype that queries are multiplied in: autocast's, where it is on, else their own."""
-    device = queries.device.type
-    is_lower = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if is_lower else queries.dtype

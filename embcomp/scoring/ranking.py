@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embcomp.errors import InputError
+from embcomp.range_scores import check_chunk, ids_at_once
 from embcomp.scoring._checks import check_items, check_matrix, exact
 from embcomp.scoring.scorers import ItemScorer
-from embcomp.stretches import check_chunk, ids_at_once
 
 QUERIES = 1024
 """Queries that are taken at once."""

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embcomp.errors import InputError
+from embcomp.range_scores import RangeScores, check_queries
 from embcomp.storage import Ids
-from embcomp.stretches import RangeScores, Stretch, check_queries
+from embcomp.stretches import Stretch
 from embcomp.tables import EmbeddingTables
 
 
@@ -177,5 +178,5 @@ class MatrixScorer(ItemScorer):
         return rows.to(self.dtype)
 
     def check_queries(self, queries: Tensor) -> Tensor:
-        """Return queries in the dtype of the scores; see `embcomp.stretches.check_queries`."""
+        """Return queries in the dtype of the scores; see `embcomp.range_scores.check_queries`."""
         return check_queries(queries, self.dim, self.device, "a matrix of items", self.dtype)

@@ -13,9 +13,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from embcomp.errors import InputError, did_you_mean
-from embcomp.scoring._checks import check_items, check_matrix, dtype_of_products, exact
+from embcomp.range_scores import check_chunk, dtype_of_products, ids_at_once
+from embcomp.scoring._checks import check_items, check_matrix, exact
 from embcomp.scoring.scorers import ItemScorer
-from embcomp.stretches import Stretch, check_chunk, ids_at_once
+from embcomp.stretches import Stretch
 
 REDUCTIONS = ("mean", "none", "sum")
 _PIECE = 1 << 16
