@@ -20,6 +20,7 @@ from embcomp.stretches import Stretch
 
 REDUCTIONS = ("mean", "none", "sum")
 _PIECE = 1 << 16
+_LEAST_QUERIES = 64
 _BLOCK_SCORES = 1 << 19
 """Scores of some queries for all items that are computed at once: 2 MiB, so that they stay in the cache of a core."""
 
@@ -79,7 +80,7 @@ def _in_chunks(
     block = check_chunk(chunk) or ids_at_once(queries[kept])
     stretches = scorer.stretches(queries[kept])
     most = max(block, scorer.gradient_rows, _PIECE)
-    if reduction != "none" and len(stretches) == 1 and scorer.num_items <= most:
+    if reduction != "none" and len(stretches) == 1 and scorer.num_items <= _PIECE:
         total = _sum_by_queries(scorer, stretches[0], targets[kept], block * len(kept))
         return total / len(kept) if reduction == "mean" else total
     loss = _losses(scorer, stretches, targets[kept], block, most)
@@ -92,7 +93,7 @@ def _sum_by_queries(scorer: ItemScorer, stretch: Stretch, targets: Tensor, score
     """The sum of the losses of queries that all count, a scalar, of a catalogue whose vectors are composed at once."""
     vectors = _compose(stretch.vectors, range(scorer.num_items), scorer.zero_id)
     dtype = dtype_of_products(stretch.queries)
-    rows = max(min(scores, _BLOCK_SCORES) // scorer.num_items, 1)
+    rows = max(min(scores, max(_BLOCK_SCORES, _LEAST_QUERIES * scorer.num_items)) // scorer.num_items, 1)
     queries = stretch.queries.to(dtype)
     with exact(queries.device):
         total: Tensor = _SoftmaxByQueries.apply(queries, vectors.to(dtype), scorer.bias, targets, rows)

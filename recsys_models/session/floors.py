@@ -14,9 +14,10 @@ from scipy import sparse
 from torch import Tensor
 
 from embcomp.errors import ConfigError
+from embcomp.range_scores import check_queries
 from embcomp.scoring import ItemScorer
 from embcomp.storage import Ids
-from embcomp.stretches import Stretch, check_queries
+from embcomp.stretches import Stretch
 from recsys_models.data import Sequences
 from recsys_models.metrics import device_of
 from recsys_models.session.ranker import Ranker

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from embcomp import EmbeddingTables
 from embcomp.errors import ConfigError
+from embcomp.range_scores import check_queries
 from embcomp.scoring import ItemScorer, MatrixScorer, TableScorer
 from embcomp.storage import Ids
-from embcomp.stretches import Stretch, check_queries
+from embcomp.stretches import Stretch
 from recsys_models.data import Attribute
 
 ITEM = "item"
@@ -211,7 +212,7 @@ class ComposedScorer(ItemScorer):
         return [Stretch(range(self.num_items), queries, self._range)]
 
     def check_queries(self, queries: Tensor) -> Tensor:
-        """Return queries as float32; see `embcomp.stretches.check_queries`."""
+        """Return queries as float32; see `embcomp.range_scores.check_queries`."""
         return check_queries(queries, self.dim, self.device, "items of metadata")
 
     def _range(self, ids: Ids) -> Tensor:
