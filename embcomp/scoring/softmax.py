@@ -22,7 +22,7 @@ REDUCTIONS = ("mean", "none", "sum")
 _PIECE = 1 << 16
 _LEAST_QUERIES = 64
 _BLOCK_SCORES = 1 << 19
-"""Scores of some queries for all items that are computed at once: 2 MiB, so that they stay in the cache of a core."""
+"""Scores of some queries for all items that are computed at once on a CPU: 2 MiB, which stay in the cache of a core."""
 
 
 def cross_entropy(
@@ -93,8 +93,10 @@ def _sum_by_queries(scorer: ItemScorer, stretch: Stretch, targets: Tensor, score
     """The sum of the losses of queries that all count, a scalar, of a catalogue whose vectors are composed at once."""
     vectors = _compose(stretch.vectors, range(scorer.num_items), scorer.zero_id)
     dtype = dtype_of_products(stretch.queries)
-    rows = max(min(scores, max(_BLOCK_SCORES, _LEAST_QUERIES * scorer.num_items)) // scorer.num_items, 1)
     queries = stretch.queries.to(dtype)
+    if queries.device.type == "cpu":
+        scores = min(scores, max(_BLOCK_SCORES, _LEAST_QUERIES * scorer.num_items))
+    rows = max(scores // scorer.num_items, 1)
     with exact(queries.device):
         total: Tensor = _SoftmaxByQueries.apply(queries, vectors.to(dtype), scorer.bias, targets, rows)
     return total
