@@ -331,8 +331,19 @@ class EmbeddingTables(nn.Module):
 
     @property
     def gradient_rows(self) -> int:
-        """Rows of D values that are as many values as are trained: a dense gradient of any lookup has that size."""
+        """Ids that are best composed at once where there are gradients.
+
+        They have as many values as are trained, since a dense gradient of any lookup has that size; and they are all
+        ids where a lookup can't be repeated in the backward pass.
+        """
+        if not self.repeats_lookups:
+            return max(self.num_ids)
         return sum(p.numel() for p in self.parameters() if p.requires_grad) // self.embedding_dim
+
+    @property
+    def repeats_lookups(self) -> bool:
+        """Whether a lookup gives later in a step what it gives now; in phases, what is shown may have changed."""
+        return not self.training or self.phases() == PLAIN
 
     def index_of(self, table: int | str) -> int:
         """The index of a table given by name or index.

@@ -141,6 +141,11 @@ class MetadataItems(Items):
         """Where the items are."""
         return self._offsets.device
 
+    @property
+    def tables(self) -> EmbeddingTables:
+        """The tables of the attributes, which belong to the model."""
+        return self._tables[0]
+
     def table_parameters(self) -> Iterable[nn.Parameter]:
         """Parameters of the tables."""
         return self._tables[0].parameters()
@@ -201,6 +206,12 @@ class ComposedScorer(ItemScorer):
     def device(self) -> torch.device:  # type: ignore[override]
         """Where the items are now."""
         return self.items.device
+
+    @property
+    def gradient_rows(self) -> int:
+        """Items that are best composed at once; see `EmbeddingTables.gradient_rows`."""
+        tables = self.items.tables
+        return tables.gradient_rows if tables.repeats_lookups else self.num_items
 
     def vectors(self, ids: Tensor) -> Tensor:
         """Compose items: int64 ``(...)`` to float32 ``(..., D)``."""

@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from embcomp import build_tables
+from embcomp import NestedConfig, build_tables
 from embcomp.errors import ConfigError
+from embcomp.scoring import cross_entropy, softmax
+from embcomp.training import Phases
 from recsys_models.ranking import rank_cases
 from recsys_models.session import MetadataItems, session_specs
 from recsys_models.session.floors import ItemKNN, Popularity
@@ -138,3 +140,21 @@ def test_floors_are_ranked_like_models():
     knn = ItemKNN(log.train, NUM_ITEMS)
     assert (rank_cases(knn, log.test) < 3).mean() > 2 * (ranks < 3).mean()
     assert F.one_hot(torch.tensor([2]), 3).float().equal(popular.scorer().vectors(torch.tensor([2]))[:, :3])
+
+
+def test_phases_that_switch_what_is_shown_do_so_in_the_backward_pass_too(monkeypatch):
+    monkeypatch.setattr(softmax, "_PIECE", 10)
+    queries, targets = torch.randn(40, 16), torch.randint(NUM_ITEMS, (40,))
+
+    def gradients(chunk):
+        model = tiny_model(tiny_log(), "m2trec", NestedConfig(), "50%")
+        phases = Phases(model)
+        phases.enter_(phases.phases[0])
+        torch.manual_seed(1)
+        phases.loss(lambda: queries, lambda own: cross_entropy(model.items.scorer(), own, targets, chunk)).backward()
+        return {name: p.grad for name, p in model.tables.named_parameters() if p.grad is not None}
+
+    whole, cut = gradients(None), gradients(7)
+    assert whole.keys() == cut.keys() != set()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(cut[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
