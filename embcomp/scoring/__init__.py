@@ -3,7 +3,7 @@
 Session and retrieval models score every item of a catalogue by an inner product with a query. What they need is here
 on one small interface, `ItemScorer`: `TableScorer` is a table of a group, `MatrixScorer` a matrix that is computed
 once, such as items' vectors from their metadata. Nothing here holds the scores of all queries for all items of a large
-catalogue: it is gone through in chunks, and `cross_entropy` computes scores again in the backward pass.
+catalogue: it is gone through in chunks, of items or of queries.
 """
 
 from embcomp.scoring.ranking import ranks, top_k

@@ -7,8 +7,10 @@ import contextlib
 import torch
 from torch import Tensor
 
-from embcomp.errors import InputError
+from embcomp.errors import InputError, did_you_mean
 from embcomp.scoring.scorers import ItemScorer
+
+REDUCTIONS = ("mean", "none", "sum")
 
 
 def check_matrix(scorer: ItemScorer, queries: Tensor) -> Tensor:
@@ -21,6 +23,21 @@ def check_matrix(scorer: ItemScorer, queries: Tensor) -> Tensor:
     if queries.dim() != 2:
         raise InputError(f"queries of shape {tuple(queries.shape)}: they must be (N, {scorer.dim}); reshape them first")
     return queries
+
+
+def check_examples(
+    scorer: ItemScorer, queries: Tensor, targets: Tensor, ignore_index: int, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """Return queries ``(N, D)`` and targets ``(N,)`` of a loss, which may be ``ignore_index``.
+
+    Raises:
+        InputError: if they are something else, or there is no such reduction.
+    """
+    queries = check_matrix(scorer, queries)
+    targets = check_items(scorer, "targets", targets, (len(queries),), allowed=ignore_index)
+    if reduction not in REDUCTIONS:
+        raise InputError(f"reduction={reduction!r}; {did_you_mean(reduction, REDUCTIONS)}")
+    return queries, targets
 
 
 def check_items(

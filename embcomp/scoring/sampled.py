@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embcomp.errors import InputError, did_you_mean
-from embcomp.scoring._checks import check_items, check_matrix
+from embcomp.scoring._checks import check_examples, check_items
 from embcomp.scoring.scorers import ItemScorer
-from embcomp.scoring.softmax import check_reduction
 
 KINDS = ("counts", "log_uniform", "uniform")
 
@@ -158,9 +157,7 @@ def sampled_cross_entropy(
     Raises:
         InputError: if an argument has the wrong dtype, shape, device or value.
     """
-    queries = check_matrix(scorer, queries)
-    targets = check_items(scorer, "targets", targets, (len(queries),), allowed=ignore_index)
-    check_reduction(reduction)
+    queries, targets = check_examples(scorer, queries, targets, ignore_index, reduction)
     drawn, log_counts = _checked_negatives(scorer, queries, negatives)
     counts = targets != ignore_index
     own = targets.where(counts, 0)

@@ -12,13 +12,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from embcomp.errors import InputError, did_you_mean
 from embcomp.range_scores import check_chunk, dtype_of_products, ids_at_once
-from embcomp.scoring._checks import check_items, check_matrix, exact
+from embcomp.scoring._checks import check_examples, exact
 from embcomp.scoring.scorers import ItemScorer
 from embcomp.stretches import Stretch
 
-REDUCTIONS = ("mean", "none", "sum")
 _PIECE = 1 << 16
 _LEAST_QUERIES = 64
 _BLOCK_SCORES = 1 << 19
@@ -55,20 +53,12 @@ def cross_entropy(
     Raises:
         InputError: if an argument has the wrong dtype, shape, device or value.
     """
-    queries = check_matrix(scorer, queries)
-    targets = check_items(scorer, "targets", targets, (len(queries),), allowed=ignore_index)
-    check_reduction(reduction)
+    queries, targets = check_examples(scorer, queries, targets, ignore_index, reduction)
     if scorer.num_items <= (check_chunk(chunk) or ids_at_once(queries)):
         logits = scorer.scoring(queries)(range(scorer.num_items))
         dtype = torch.promote_types(logits.dtype, torch.float32)
         return F.cross_entropy(logits.to(dtype), targets, ignore_index=ignore_index, reduction=reduction)
     return _in_chunks(scorer, queries, targets, chunk, ignore_index, reduction)
-
-
-def check_reduction(reduction: str) -> None:
-    """Raise `InputError` for an unknown reduction."""
-    if reduction not in REDUCTIONS:
-        raise InputError(f"reduction={reduction!r}; {did_you_mean(reduction, REDUCTIONS)}")
 
 
 @torch.compiler.disable

@@ -5,7 +5,7 @@ Shapes: ``B`` sessions, ``L`` positions, ``D`` dimension.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class Sessions(NamedTuple):
     lengths: Tensor
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, ABC):
     """Base of all encoders: sessions to queries, whose inner products with items' vectors are their scores.
 
     Args:
@@ -70,8 +70,8 @@ class Encoder(nn.Module):
         return Examples(batch.items, batch.lengths, batch.targets)
 
     def hide(self, vectors: Tensor, hidden: Tensor) -> Tensor:
-        """Put what stands for hidden items in their place."""
-        raise NotImplementedError
+        """Put what stands for hidden items in their place, where the encoder hides any."""
+        return vectors
 
     def learn(self, sessions: Sessions, targets: Tensor) -> Tensor:
         """Queries of all targets, in their order: float32 ``(N, D)``."""

@@ -117,9 +117,7 @@ class Scored(ItemScorer):
 
     def stretches(self, queries: Tensor) -> list[Stretch]:
         """One for all items, by rows of the unit matrix."""
-        device = self.device
-        every = lambda ids: self.vectors(torch.arange(ids.start, ids.stop, device=device))  # noqa: E731
-        return [Stretch(range(self.num_items), queries, every)]
+        return [Stretch(range(self.num_items), queries, self._rows)]
 
     def check_queries(self, queries: Tensor) -> Tensor:
         """Return the scores."""
@@ -132,6 +130,9 @@ class Scored(ItemScorer):
     def score_pairs(self, queries: Tensor, ids: Tensor) -> Tensor:
         """Scores of some items for each query: float32 ``(N, n)``."""
         return queries.gather(1, ids)
+
+    def _rows(self, ids: Ids) -> Tensor:
+        return self.vectors(torch.arange(ids.start, ids.stop, device=self.device) if isinstance(ids, range) else ids)
 
 
 def _together(train: Sequences, num_items: int) -> sparse.csr_matrix:

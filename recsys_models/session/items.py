@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -25,7 +25,7 @@ POOLINGS = ("mean", "idf")
 _CHUNK = 8192
 
 
-class Items(nn.Module):
+class Items(nn.Module, ABC):
     """Vectors of items, and their scores.
 
     Args:

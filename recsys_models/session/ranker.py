@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
 from embcomp.scoring import ItemScorer
 
 
-class Ranker(nn.Module):
+class Ranker(nn.Module, ABC):
     """A module that encodes sessions to queries and scores the catalogue by them.
 
     Attributes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import islice
 
 import numpy as np
 import torch
@@ -12,8 +13,8 @@ from torch import nn
 from recsys_models.data import Batch, ClickLog
 from recsys_models.metrics import CLIP, EVAL_BATCH_SIZE, evaluate
 from recsys_models.training.config import TrainingConfig
+from recsys_models.training.task import RECALIBRATION_BATCHES
 
-RECALIBRATION_BATCHES = 20
 ROWS_AT_ONCE = 8192
 """At most, of all candidates that are evaluated together: with more, activations leave the caches of a CPU."""
 
@@ -64,9 +65,7 @@ class ClickSearch:
 
     def recalibrate(self) -> None:
         """Run the model on some training batches."""
-        for index, batch in enumerate(self._train.epoch(0)):
-            if index == RECALIBRATION_BATCHES:
-                break
+        for batch in islice(self._train.epoch(0), RECALIBRATION_BATCHES):
             self.model(batch.ids, batch.dense)
 
     def _value(self, logits: np.ndarray) -> float:

@@ -51,8 +51,8 @@ def fit(
     The model goes through the phases of its tables' strategy, each with an early stopping of its own; searches compare
     candidates on the validation split. Most strategies have a single phase.
 
-    The order of rows depends on the seed and the epoch alone. A last batch of a single row is left out, as batch
-    norm can't train on it. On the CPU with one thread, the weights are the same bit for bit from run to run, and
+    The order of rows depends on the seed and the epoch alone. Of clicks, a last batch of a single row is left out, as
+    batch norm can't train on it. On the CPU with one thread, the weights are the same bit for bit from run to run, and
     whether or not training was killed and resumed. Torch's global generators of the CPU and of the device are left as
     they were found.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import ClassVar
 
 import numpy as np
@@ -15,9 +16,7 @@ from recsys_models.data import NO_TARGET, Cases, SessionBatch, SessionLog
 from recsys_models.ranking import EVAL_BATCH_SIZE, evaluate_cases
 from recsys_models.session import Examples, SessionModel
 from recsys_models.training.config import TrainingConfig
-from recsys_models.training.task import Stream, Task, Validate
-
-RECALIBRATION_BATCHES = 20
+from recsys_models.training.task import RECALIBRATION_BATCHES, Stream, Task, Validate
 
 
 class SessionTask(Task):
@@ -123,9 +122,7 @@ class SessionSearch:
 
     def recalibrate(self) -> None:
         """Run the model on some training batches."""
-        for index, batch in enumerate(self._train.epoch(0)):
-            if index == RECALIBRATION_BATCHES:
-                break
+        for batch in islice(self._train.epoch(0), RECALIBRATION_BATCHES):
             self.model.learn(batch)
 
     def _value(self, cases: Cases) -> float:

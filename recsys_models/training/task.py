@@ -14,6 +14,9 @@ from embcomp.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from recsys_models.training.config import TrainingConfig
 
+RECALIBRATION_BATCHES = 20
+"""Training batches that statistics of batch norms are taken from."""
+
 Validate = Callable[[], dict[str, float]]
 """Evaluates a model on the validation split: metric -> value."""
 

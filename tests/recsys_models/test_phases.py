@@ -13,6 +13,7 @@ from recsys_models.metrics import evaluate
 from recsys_models.training import Callback, TrainingConfig, fit
 from recsys_models.training.click_search import ClickSearch
 from recsys_models.training.clicks import ClickTask
+from tests.recsys_models.killer import Killed, Killer
 from tests.recsys_models.tiny import SIZES, tiny_log, tiny_model
 
 CONFIG = TrainingConfig(
@@ -20,24 +21,6 @@ CONFIG = TrainingConfig(
 )
 SEARCH = {"generations": 3, "mutations": 4, "crossovers": 4, "parents": 5}
 DATA = tiny_log(num_dense=1)
-
-
-class Killed(Exception):
-    pass
-
-
-class Killer(Callback):
-    """Raises at a step of a phase."""
-
-    def __init__(self, name, step):
-        self.name, self.step, self.phase = name, step, None
-
-    def on_phase_start(self, model, phase):
-        self.phase = phase.name
-
-    def on_step_end(self, model, step):
-        if (self.phase, step) == (self.name, self.step):
-            raise Killed
 
 
 def config(**changes):

@@ -11,7 +11,8 @@ from embcomp.errors import ConfigError, InputError
 from recsys_models.data import Cases
 from recsys_models.ranking import evaluate_cases, rank_cases
 from recsys_models.session.floors import Popularity
-from recsys_models.training import Callback, TrainingConfig, fit
+from recsys_models.training import TrainingConfig, fit
+from tests.recsys_models.killer import Killed, Killer
 from tests.recsys_models.session.tiny import NAMES, NUM_ITEMS, sequences, tiny_log, tiny_model
 from tests.recsys_models.tiny import tiny_log as tiny_clicks
 from tests.recsys_models.tiny import tiny_model as tiny_click_model
@@ -55,24 +56,6 @@ def test_every_model_learns_what_follows(name, items):
     assert evaluate_cases(model, LOG.validation) == pytest.approx(result.best.metrics)
 
 
-class Killed(Exception):
-    pass
-
-
-class Killer(Callback):
-    """Raises at a step of a phase."""
-
-    def __init__(self, step, phase="train"):
-        self.step, self.name, self.phase = step, phase, None
-
-    def on_phase_start(self, model, phase):
-        self.phase = phase.name
-
-    def on_step_end(self, model, step):
-        if (self.phase, step) == (self.name, self.step):
-            raise Killed
-
-
 @pytest.mark.parametrize(
     ("name", "strategy", "phase", "step"),
     [
@@ -91,7 +74,7 @@ def test_killed_and_resumed_gives_the_same_bit_for_bit(name, strategy, phase, st
     whole, killed = (tiny_model(LOG, name, strategy, budget, **options) for _ in range(2))
     expected = fit(whole, LOG, CONFIG)
     with pytest.raises(Killed):
-        fit(killed, LOG, CONFIG, checkpoint_dir=tmp_path, callbacks=[Killer(step, phase)])
+        fit(killed, LOG, CONFIG, checkpoint_dir=tmp_path, callbacks=[Killer(phase, step)])
     other = tiny_model(LOG, name, strategy, budget, seed=5, **options)
     found = fit(other, LOG, CONFIG, checkpoint_dir=tmp_path, resume=True)
     assert_same(other.state_dict(), whole.state_dict())
