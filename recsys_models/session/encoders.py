@@ -6,7 +6,7 @@ Shapes: ``B`` sessions, ``L`` positions, ``D`` dimension.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -54,7 +54,7 @@ class Encoder(nn.Module, ABC):
         max_length: L, at most.
     """
 
-    targets: ClassVar[str] = "prefixes"
+    targets: str = "prefixes"
     """What it learns from: ``"positions"``, of which each predicts the next item, or whole ``"prefixes"``."""
 
     def __init__(self, dim: int, max_length: int) -> None:

@@ -1,4 +1,4 @@
-"""Encoders that read a session as a whole: NARM, SR-GNN and M2TRec. Each prefix of a session is an example.
+"""Encoders that read a session as a whole: NARM, SR-GNN and M2TRec. They learn from each prefix.
 
 Shapes: ``B`` sessions, ``L`` positions, ``D`` dimension.
 """
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from embcomp.errors import ConfigError
+from recsys_models.data import NO_TARGET
 from recsys_models.layers import check_dropout
 from recsys_models.session.encoders import Encoder, Sessions
 from recsys_models.session.layers import Transformer, inside, last_of
@@ -139,6 +140,7 @@ class M2TRec(Encoder):
 
     "M2TRec: Metadata-aware Multi-task Transformer for Large-scale and Cold-start free Session-based Recommendations"
     (arXiv 2209.11824), whose items are composed of their attributes, and which predicts categories along with the item.
+    ``causal`` is ours: a session is learned from in one pass, where else each of its prefixes is a pass of its own.
 
     Args:
         dim: D.
@@ -149,6 +151,7 @@ class M2TRec(Encoder):
         dropout: of vectors, attention and hidden layers.
         activation: of the hidden layers.
         pooling: ``"mean"`` over the positions, as in the paper, the ``"last"`` one, or ``"attention"``.
+        causal: whether positions see only what is before them, so that the pooled positions up to each are a query.
     """
 
     def __init__(
@@ -161,26 +164,37 @@ class M2TRec(Encoder):
         dropout: float = 0.2,
         activation: str = "gelu",
         pooling: str = "mean",
+        causal: bool = False,
     ) -> None:
         super().__init__(dim, max_length)
         if pooling not in POOLINGS:
             raise ConfigError(f"pooling={pooling!r} must be one of {', '.join(map(repr, POOLINGS))}")
         self.transformer = Transformer(dim, max_length, blocks, heads, feedforward, dropout, activation, True)
-        self.pooling = pooling
+        self.pooling, self.causal = pooling, causal
+        self.targets = "positions" if causal else "prefixes"
         self.weight = nn.Linear(dim, 1) if pooling == "attention" else None
         self.query = nn.Linear(dim, dim)
 
     def forward(self, sessions: Sessions) -> Tensor:
         """Queries: float32 ``(B, D)``."""
         mask = inside(sessions.lengths, sessions.items.shape[1])
-        hidden = self.transformer(sessions.vectors, mask)
-        queries: Tensor = self.query(self._pooled(hidden, mask, sessions.lengths))
+        hidden = self.transformer(sessions.vectors, None if self.causal else mask)
+        last = last_of(hidden, sessions.lengths)
+        queries: Tensor = self.query(last if self.pooling == "last" else self._pooled(hidden, mask[:, None])[:, 0])
         return queries
 
-    def _pooled(self, hidden: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
-        if self.pooling == "last":
-            return last_of(hidden, lengths)
-        if self.weight is None:
-            return (hidden * mask[..., None]).sum(1) / lengths[:, None]
-        weights = self.weight(hidden).squeeze(-1).masked_fill(~mask, float("-inf")).softmax(-1)
-        return (weights[..., None] * hidden).sum(1)
+    def learn(self, sessions: Sessions, targets: Tensor) -> Tensor:
+        """Queries of all targets: float32 ``(N, D)``."""
+        if not self.causal:
+            return super().learn(sessions, targets)
+        hidden = self.transformer(sessions.vectors)
+        if self.pooling != "last":
+            places = torch.arange(hidden.shape[1], device=hidden.device)
+            hidden = self._pooled(hidden, (places <= places[:, None])[None])
+        queries: Tensor = self.query(hidden[targets != NO_TARGET])
+        return queries
+
+    def _pooled(self, hidden: Tensor, seen: Tensor) -> Tensor:
+        """Means of positions, weighted or not, ``(B, Q, D)``, of those that ``seen``, ``(B or 1, Q, L)``, says."""
+        weights = hidden.new_zeros(hidden.shape[:2]) if self.weight is None else self.weight(hidden).squeeze(-1)
+        return weights[:, None].masked_fill(~seen, float("-inf")).softmax(-1) @ hidden

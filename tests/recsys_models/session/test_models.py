@@ -223,6 +223,21 @@ def test_m2trec_pools_as_it_is_told(pooling):
     torch.testing.assert_close(model.queries(*padded([session]))[0], encoder.query(hidden), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "last", "attention"])
+def test_a_causal_m2trec_learns_in_one_pass_what_prefixes_would_teach(pooling):
+    model = tiny_model(LOG, "m2trec", pooling=pooling, causal=True).eval()
+    with torch.no_grad():
+        for parameter in model.encoder.transformer.blocks.parameters():
+            parameter.mul_(10)  # what positions see is to show in what they say
+    examples = model.prepare(next(iter(LOG.train.batches(16, 8))))
+    sessions = [row[:length].tolist() for row, length in zip(examples.items, examples.lengths, strict=True)]
+    prefixes = [session[: end + 1] for session in sessions for end in range(len(session))]
+    torch.testing.assert_close(model.learn(examples), model.queries(*padded(prefixes)), rtol=1e-4, atol=1e-5)
+    both_ways = tiny_model(LOG, "m2trec", pooling=pooling).eval()
+    both_ways.load_state_dict(model.state_dict())
+    assert not torch.allclose(both_ways.queries(*padded(prefixes)), model.queries(*padded(prefixes)), rtol=0, atol=1e-4)
+
+
 def test_categories_are_learned_along():
     plain = tiny_model(LOG, "m2trec").eval()
     model = tiny_model(LOG, "m2trec", categories={"kind": 0.5}).eval()
