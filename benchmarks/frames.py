@@ -14,13 +14,14 @@ import pandas as pd
 from benchmarks.cells import PLACES
 from benchmarks.errors import ResultError
 from benchmarks.results import METRICS, SUCCESS, CellResult, read_result
+from benchmarks.slices import mean_slices
 
 GROUP = ["experiment", "data", "model", "data_hash"]
 """Cells of one group answer one question, and share a table and a plot."""
 
 _AVERAGED = (
     *METRICS,
-    *("sparsity", "model_bytes", "file_bytes", "samples_per_second", "wall_seconds"),
+    *("sparsity", "steps_to_95", "model_bytes", "file_bytes", "samples_per_second", "wall_seconds"),
     *("train_bytes", "peak_memory_bytes"),
     *(f"lookup_{size}_{p}" for size in (1, 4096) for p in ("p50", "p99")),
 )
@@ -82,6 +83,7 @@ def point_frame(cells: pd.DataFrame, metric: str = "test_auc") -> pd.DataFrame:
         row |= {"seeds": same.seed.nunique(), "bytes": round(same.served_bytes.mean())}
         row |= {name: same[name].mean() for name in _AVERAGED}
         row |= {f"{name}_std": same[name].std(ddof=1) for name in METRICS}
+        row["slices"] = mean_slices(list(same.slices))
         rows.append(row)
     points = pd.DataFrame(rows)
     if points.empty:
@@ -197,6 +199,8 @@ def _row(result: CellResult) -> dict[str, Any]:
         "wall_seconds": result.wall_seconds,
         "sparsity": result.tables.get("sparsity", math.nan),
         "samples_per_second": result.training.get("samples_per_second", math.nan),
+        "steps_to_95": _steps_to(result.training.get("history", ())),
+        "slices": result.slices,
         **{name: math.nan if value is None else value for name, value in sizes.items()},
         **{name: math.nan if (value := result.metric(name)) is None else value for name in METRICS},
         **{
@@ -205,6 +209,13 @@ def _row(result: CellResult) -> dict[str, Any]:
             for p in ("p50", "p99")
         },
     }
+
+
+def _steps_to(history: Sequence[Mapping[str, Any]], share: float = 0.95) -> float:
+    """Steps until validation MRR@20 was at this share of its best, NaN where it was not looked at."""
+    known = [(one["step"], one["mrr@20"]) for one in history if one.get("mrr@20") is not None]
+    best = max((value for _, value in known), default=math.nan)
+    return next((float(step) for step, value in known if value >= share * best), math.nan)
 
 
 def _told_apart(cells: pd.DataFrame, by_series: Mapping[str, CellResult]) -> pd.Series:

@@ -7,16 +7,52 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
+from benchmarks.comparisons import Comparison, compare_models
 from benchmarks.results import METRICS
 from benchmarks.sections import Section
+from benchmarks.slices import part_value, parts_of
 from embcomp import format_bytes
 
 _HEAD = ("", "strategy", "budget", "bytes served", "of float32", "sparsity")
 
 
 def markdown_report(sections: Sequence[Section]) -> str:
-    """The table of every section, with the Pareto front marked, and what could not be run below it."""
-    return "\n".join(_section(section) for section in sections)
+    """Models side by side; then every section's table, with the Pareto front marked, and what could not be run."""
+    return "\n".join([*map(_comparison, compare_models(sections)), *map(_section, sections)])
+
+
+def _comparison(comparison: Comparison) -> str:
+    points, metrics = comparison.points, comparison.metrics
+    timed = points.steps_to_95.notna().any()
+    head = ["model", "strategy", "bytes served", *(METRICS[name].title for name in metrics)]
+    head += ["steps to 95 % of MRR"] * bool(timed) + ["seeds"]
+    rows = [
+        [row.model, row.label, f"{row.bytes:,}", *(with_std(row, name) for name in metrics)]
+        + [f"{row.steps_to_95:,.0f}"] * bool(timed)
+        + [str(row.seeds)]
+        for _, row in points.iterrows()
+    ]
+    lines = [f"## {comparison.title}\n", f"{comparison.rows[0].upper()}{comparison.rows[1:]}.", ""]
+    lines += [*_table(head, rows), ""]
+    return "\n".join([*lines, *_parts(["model", "strategy"], points, comparison.metric)])
+
+
+def _parts(names: Sequence[str], points: pd.DataFrame, metric: str) -> list[str]:
+    """A table of a metric by part of the test split, if there are any."""
+    if not (parts := parts_of(points, metric)):
+        return []
+    head = [*names, *(f"{part} ({cases:,})" for part, cases in parts.items())]
+    of_names = {"model": "model", "strategy": "label", "budget": "budget"}
+    rows = [
+        [*(str(row[of_names[name]]) if pd.notna(row[of_names[name]]) else "none" for name in names)]
+        + [_value(part_value(row, part, metric)) for part in parts]
+        for _, row in points.iterrows()
+    ]
+    return [f"{METRICS[metric].title} by part of the test split, and its cases:", "", *_table(head, rows), ""]
+
+
+def _value(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.4f}"
 
 
 def _section(section: Section) -> str:
@@ -28,6 +64,7 @@ def _section(section: Section) -> str:
         title, beside = METRICS[section.metric].title, METRICS[section.beside].title
         head = [*_HEAD, title, "to float32", beside, "seeds"]
         lines += [*_table(head, [_row(row, section) for _, row in section.points.iterrows()]), ""]
+        lines += _parts(["strategy", "budget"], section.points, section.metric)
     if len(infeasible := section.infeasible):
         told = [
             f"{cell.label} at {cell.budget} (≥ {format_bytes(cell.minimum_bytes)})" for cell in infeasible.itertuples()

@@ -16,11 +16,13 @@ import pandas as pd
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from benchmarks.comparisons import compare_models
 from benchmarks.errors import ResultError
 from benchmarks.frames import read_results
 from benchmarks.markdown import markdown_report
 from benchmarks.results import METRICS, CellResult, write_whole
 from benchmarks.sections import Section, build_sections
+from benchmarks.slices import part_value
 from embcomp import format_bytes
 
 
@@ -57,6 +59,8 @@ def html_report(sections: Sequence[Section], results: Sequence[CellResult], skip
     template = environment.from_string(_resource("report.html.j2"))
     return template.render(
         sections=sections,
+        comparisons=compare_models(sections),
+        part_value=part_value,
         metrics=METRICS,
         skipped=skipped,
         counts=pd.Series([result.status for result in results]).value_counts().to_dict(),

@@ -45,6 +45,9 @@ METRICS = {
 MAIN = (("test_auc", "test_log_loss"), ("test_ndcg@10", "test_mrr@20"))
 """By task, the metric that decides, and the one that is shown beside it."""
 
+COMPARED = (MAIN[0], ("test_ndcg@10", "test_hr@10", "test_mrr@20", "test_hr@20"))
+"""By task, the metrics that models are compared by."""
+
 
 def main_metrics(names: Collection[str]) -> tuple[str, str]:
     """The two metrics of the task that has some of these names; those of clicks where there is none."""

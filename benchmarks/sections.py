@@ -14,6 +14,7 @@ from benchmarks.frames import Choice, cell_frame, choices, groups_of, point_fram
 from benchmarks.kept import kept_picture, kept_widths
 from benchmarks.overrides import options_of
 from benchmarks.results import FAILED, INFEASIBLE, METRICS, CellResult, main_metrics
+from benchmarks.slices import parts_of
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class Section:
     rows: str
     figure: Markup
     kept: dict[str, Markup]
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Parts of the test split that points are compared on -> their cases."""
+        return parts_of(self.points, self.metric)
 
     @property
     def failed(self) -> pd.DataFrame:

@@ -187,6 +187,25 @@ def test_what_was_kept_is_drawn_by_field_and_tenth(tmp_path, results, capsys):
     assert "can't be written" in capsys.readouterr().err
 
 
+def test_models_stand_side_by_side_with_the_parts_of_the_test(tmp_path, results, capsys):
+    def told(result, model, shift):
+        slices = {"unseen": {"cases": 7.0, "auc": 0.6 + shift + result.seed / 100}} if result.seed < 3 else {}
+        steps = [{"step": 10 * n, "mrr@20": value} for n, value in ((1, 0.2), (2, None), (3, 0.381), (4, 0.4))]
+        name = f"{result.cell}-{model}"
+        return dataclasses.replace(result, cell=name, model=model, slices=slices, training={"history": steps})
+
+    write_results(tmp_path, [told(r, model, shift) for r in results for model, shift in (("fm", 0.0), ("lr", 0.1))])
+    main([str(tmp_path), "--markdown", "-"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "| fm | full | 10,000 | 0.8000 ± 0.0010 | 0.2000 ± 0.0010 | 30 | 3 |" in lines
+    assert [line for line in lines if line.startswith("| lr | full | 0")] == ["| lr | full | 0.7150 |"]
+    assert "| model | strategy | unseen (7) |" in lines
+    assert lines.count("| a | 10% | 0.6150 |") == lines.count("| a | 10% | 0.7150 |") == 1
+    page = (tmp_path / "report.html").read_text()
+    assert "unseen <small>7</small>" in page
+    assert page.index("synthetic: models") < page.index('id="group0"')
+
+
 def test_markdown_has_the_table(tmp_path, results, capsys):
     write_results(tmp_path, results)
     main([str(tmp_path), "--markdown", "-"])

@@ -263,6 +263,12 @@ def test_sessions_are_swept_as_clicks_are(tmp_path, capsys):
     assert "## synthetic_sessions, m2trec" in text
     assert "test NDCG@10 | to float32 | test MRR@20" in text
     assert "items, 5 attributes" in text
+    assert "## synthetic_sessions: models" in text
+    assert "test NDCG@10 | test HR@10 | test MRR@20 | test HR@20 | steps to 95 % of MRR | seeds" in text
+    assert text.count("by part of the test split") == 3
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("By part of the test split") == 3
+    assert 'href="#models0"' in page
 
 
 def test_sparsity_counts_the_values_that_are_stored(tmp_path):
