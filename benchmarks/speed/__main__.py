@@ -18,12 +18,15 @@ from benchmarks.speed.lookups import measure_lookups
 from benchmarks.speed.machine import Machine
 from benchmarks.speed.optembed import QUICK_AMOUNTS, Amounts, measure_optembed
 from benchmarks.speed.scores import measure_scores
+from benchmarks.speed.sessions import measure_sessions
 from benchmarks.speed.setting import ORDERS, QUICK, Setting
 from benchmarks.speed.training_steps import measure_steps
 
-SECTIONS = ("lookup", "step", "memory", "scores", "deepfm", "optembed")
+SECTIONS = ("lookup", "step", "memory", "scores", "deepfm", "optembed", "sessions")
 _DEEPFM_STEPS = 100
+_SESSION_STEPS = 100
 _QUICK_ROWS = (300, 100)
+_QUICK_USERS = 20
 _QUICK_DEEPFM = (2, _QUICK_ROWS)
 
 
@@ -52,6 +55,8 @@ def _measure(section: str, setting: Setting, quick: bool) -> Iterable[Row]:
         return (
             measure_optembed(QUICK_AMOUNTS, made_log(_QUICK_ROWS)) if quick else measure_optembed(Amounts(), frappe())
         )
+    if section == "sessions":
+        return measure_sessions(2, _QUICK_USERS) if quick else measure_sessions(_SESSION_STEPS)
     measure: dict[str, Callable[[Setting], Iterable[Row]]] = {
         "lookup": measure_lookups,
         "step": measure_steps,

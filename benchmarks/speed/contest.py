@@ -52,8 +52,8 @@ class Row:
     """One line of the result.
 
     Attributes:
-        section: ``"lookup"``, ``"training step"``, ``"memory"``, ``"scores"``, ``"memory of scores"``, ``"deepfm"`` or
-            ``"optembed"``.
+        section: ``"lookup"``, ``"training step"``, ``"memory"``, ``"scores"``, ``"memory of scores"``, ``"deepfm"``,
+            ``"optembed"`` or ``"sessions"``.
         case: what all rows of the contest have in common.
         name: of the contestant.
         unit: of ``median`` and ``minimum``.

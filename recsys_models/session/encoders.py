@@ -93,8 +93,8 @@ class CausalEncoder(Encoder):
         return last_of(self.hidden(sessions), sessions.lengths)
 
     def learn(self, sessions: Sessions, targets: Tensor) -> Tensor:
-        """Queries of the positions that have a target: float32 ``(N, D)``."""
-        return self.hidden(sessions)[targets != NO_TARGET]
+        """Queries of the positions that have a target, or of the last ones: float32 ``(N, D)``."""
+        return self(sessions) if targets.dim() == 1 else self.hidden(sessions)[targets != NO_TARGET]
 
 
 class SASRec(CausalEncoder):

@@ -185,7 +185,7 @@ class M2TRec(Encoder):
 
     def learn(self, sessions: Sessions, targets: Tensor) -> Tensor:
         """Queries of all targets: float32 ``(N, D)``."""
-        if not self.causal:
+        if not self.causal or targets.dim() == 1:
             return super().learn(sessions, targets)
         hidden = self.transformer(sessions.vectors)
         if self.pooling != "last":

@@ -33,7 +33,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     result = json.loads(path.read_text())
     assert result["machine"]["copy_gigabytes_per_second"] > 0
     assert result["setting"]["tables"] == QUICK.tables
-    sections = {"lookup", "training step", "memory", "scores", "memory of scores", "deepfm", "optembed"}
+    sections = {"lookup", "training step", "memory", "scores", "memory of scores", "deepfm", "optembed", "sessions"}
     assert {row["section"] for row in result["rows"]} == sections
     for row in result["rows"]:
         assert row["name"] in printed

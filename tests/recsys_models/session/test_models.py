@@ -238,6 +238,13 @@ def test_a_causal_m2trec_learns_in_one_pass_what_prefixes_would_teach(pooling):
     assert not torch.allclose(both_ways.queries(*padded(prefixes)), model.queries(*padded(prefixes)), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "options"), [("sasrec", {}), ("gru4rec", {}), ("m2trec", {"causal": True})])
+def test_what_learns_from_every_position_can_learn_from_prefixes_too(name, options):
+    model = tiny_model(LOG, name, **options).eval()
+    batch = next(iter(LOG.train.batches(16, 8, mode="prefixes")))
+    torch.testing.assert_close(model.learn(model.prepare(batch)), model.queries(batch.items, batch.lengths))
+
+
 def test_categories_are_learned_along():
     plain = tiny_model(LOG, "m2trec").eval()
     model = tiny_model(LOG, "m2trec", categories={"kind": 0.5}).eval()
