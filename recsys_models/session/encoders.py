@@ -129,8 +129,15 @@ class SASRec(CausalEncoder):
 
     def hidden(self, sessions: Sessions) -> Tensor:
         """Queries of all positions: float32 ``(B, L, D)``."""
-        out: Tensor = self.transformer(sessions.vectors * self.dim**0.5)
+        out: Tensor = self.transformer(self._scaled(sessions))
         return out
+
+    def forward(self, sessions: Sessions) -> Tensor:
+        """Queries of the last positions, of which alone the last block is worked out: float32 ``(B, D)``."""
+        return self.transformer.last(self._scaled(sessions), sessions.lengths)
+
+    def _scaled(self, sessions: Sessions) -> Tensor:
+        return sessions.vectors * self.dim**0.5
 
 
 class GRU4Rec(CausalEncoder):

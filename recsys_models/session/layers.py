@@ -29,11 +29,26 @@ class Attention(nn.Module):
 
     def forward(self, vectors: Tensor, mask: Tensor | None) -> Tensor:
         """Attend to earlier positions, or, with a mask bool ``(B, L)``, to all where it is True: ``(B, L, D)``."""
-        parts = self.project(vectors).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        parts = self._heads(self.project(vectors))
+        return self._mixed(parts[0], parts[1], parts[2], mask)
+
+    def of_some(self, asking: Tensor, vectors: Tensor, mask: Tensor) -> Tensor:
+        """Let ``(B, Q, D)`` attend to ``(B, L, D)`` where a mask bool ``(B, L)`` is True: ``(B, Q, D)``."""
+        dim, weight, bias = vectors.shape[-1], self.project.weight, self.project.bias
+        queries = self._heads(F.linear(asking, weight[:dim], bias[:dim]))
+        known = self._heads(F.linear(vectors, weight[dim:], bias[dim:]))
+        return self._mixed(queries[0], known[0], known[1], mask)
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        """``(B, L, n D)`` to ``(n, B, H, L, D / H)``."""
+        dim = self.out.in_features
+        return projected.unflatten(-1, (-1, self.heads, dim // self.heads)).permute(2, 0, 3, 1, 4)
+
+    def _mixed(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         seen = None if mask is None else mask[:, None, None, :]
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(
-            parts[0], parts[1], parts[2], attn_mask=seen, dropout_p=dropout, is_causal=mask is None
+            queries, keys, values, attn_mask=seen, dropout_p=dropout, is_causal=mask is None
         )
         out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return out
@@ -64,7 +79,16 @@ class Block(nn.Module):
 
     def forward(self, vectors: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(B, L, D)`` to ``(B, L, D)``; the mask is that of `Attention`."""
-        vectors = vectors + self.dropout(self.attention(self.attention_norm(vectors), mask))
+        return self._added(vectors, self.attention(self.attention_norm(vectors), mask))
+
+    def last(self, vectors: Tensor, lengths: Tensor) -> Tensor:
+        """The vectors of the last positions alone, each of which sees all before it: ``(B, L, D)`` to ``(B, D)``."""
+        normed, places = self.attention_norm(vectors), inside(lengths, vectors.shape[1])
+        attended = self.attention.of_some(last_of(normed, lengths)[:, None], normed, places)
+        return self._added(last_of(vectors, lengths), attended[:, 0])
+
+    def _added(self, vectors: Tensor, attended: Tensor) -> Tensor:
+        vectors = vectors + self.dropout(attended)
         out: Tensor = vectors + self.dropout(self.feedforward(self.feedforward_norm(vectors)))
         return out
 
@@ -118,11 +142,25 @@ class Transformer(nn.Module):
 
     def forward(self, vectors: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(B, L, D)`` to ``(B, L, D)``; without a mask, positions see only what is before them."""
-        hidden = self.dropout(self.input_norm(vectors) + self.positions[: vectors.shape[1]])
+        hidden = self._placed(vectors)
         for block in self.blocks:
             hidden = block(hidden, mask)
         out: Tensor = self.norm(hidden)
         return out
+
+    def last(self, vectors: Tensor, lengths: Tensor) -> Tensor:
+        """What `forward` without a mask has at the last positions: ``(B, L, D)`` and ``(B,)`` to ``(B, D)``."""
+        hidden = self._placed(vectors)
+        *others, final = self.blocks
+        for block in others:
+            hidden = block(hidden)
+        assert isinstance(final, Block)
+        out: Tensor = self.norm(final.last(hidden, lengths))
+        return out
+
+    def _placed(self, vectors: Tensor) -> Tensor:
+        placed: Tensor = self.dropout(self.input_norm(vectors) + self.positions[: vectors.shape[1]])
+        return placed
 
 
 def last_of(hidden: Tensor, lengths: Tensor) -> Tensor:

@@ -238,6 +238,18 @@ def test_a_causal_m2trec_learns_in_one_pass_what_prefixes_would_teach(pooling):
     assert not torch.allclose(both_ways.queries(*padded(prefixes)), model.queries(*padded(prefixes)), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "options"), [("sasrec", {"blocks": 1, "heads": 2}), ("sasrec", {}), ("gru4rec", {})])
+def test_the_last_position_alone_gives_what_all_positions_do(name, options):
+    model = tiny_model(LOG, name, **options).eval()
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter.mul_(3)
+    sessions = model.embed(model.prepare(SessionBatch(*padded(SESSIONS), None)))
+    rows = torch.arange(len(SESSIONS))
+    every = model.encoder.hidden(sessions)[rows, sessions.lengths - 1]
+    torch.testing.assert_close(model.encoder(sessions), every, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("name", "options"), [("sasrec", {}), ("gru4rec", {}), ("m2trec", {"causal": True})])
 def test_what_learns_from_every_position_can_learn_from_prefixes_too(name, options):
     model = tiny_model(LOG, name, **options).eval()
