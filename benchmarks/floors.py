@@ -1,6 +1,6 @@
 """Popularity and item-kNN on a data set of sessions: ``python -m benchmarks.floors data=sessions/movielens_1m``.
 
-They have no tables, and so no cells; what is printed is a Markdown table with the metrics of session models.
+They have no tables, and so no cells; what is printed are Markdown tables with the metrics of session models.
 """
 
 from __future__ import annotations
@@ -10,34 +10,40 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import hydra
+import pandas as pd
 from omegaconf import OmegaConf
 
 from benchmarks.errors import OverrideError
+from benchmarks.markdown import markdown_table, parts_table
 from benchmarks.measure import state_bytes
 from benchmarks.overrides import check_overrides
-from benchmarks.results import METRICS
+from benchmarks.results import COMPARED, METRICS
 from benchmarks.workloads import group_options, places_of
 from recsys_models.data import SessionLog, load_sessions
 from recsys_models.data.errors import DataError
-from recsys_models.ranking import evaluate_cases
+from recsys_models.ranking import rank_cases, ranking_metrics, sliced_metrics, slices_of
 from recsys_models.session.floors import ItemKNN, Popularity
 
-COLUMNS = ("ndcg@10", "hr@10", "mrr@20", "hr@20")
+_RANKING = COMPARED[1]
 
 
-def floors(log: SessionLog) -> list[tuple[str, int, dict[str, float]]]:
-    """Name, bytes and test metrics of each floor."""
+def floors(log: SessionLog) -> pd.DataFrame:
+    """One row per floor: its name, bytes and metrics, and those of parts of the test split as ``slices``."""
     models = {
         "popularity": Popularity(log.catalogue.counts),
         "item_knn": ItemKNN(log.train, log.catalogue.num_items),
     }
-    return [
-        (name, state_bytes(model), evaluate_cases(model, log.test, log.filters_seen)) for name, model in models.items()
-    ]
+    rows = []
+    for name, model in models.items():
+        ranks = rank_cases(model, log.test, log.filters_seen)
+        metrics = {f"test_{metric}": value for metric, value in ranking_metrics(ranks).items()}
+        slices = sliced_metrics(ranks, slices_of(log.catalogue, log.test))
+        rows.append({"model": name, "bytes": state_bytes(model), **metrics, "slices": slices})
+    return pd.DataFrame(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table; the process ends with status 2 on wrong arguments, or if the data can't be read.
+    """Print the tables; the process ends with status 2 on wrong arguments, or if the data can't be read.
 
     Args:
         arguments: Hydra overrides, of which those of ``data``, ``data_root`` and ``data_cache`` matter; None for those
@@ -53,10 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OverrideError, DataError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
-    head = ["model", "bytes", *(METRICS[f"test_{name}"].title for name in COLUMNS)]
-    rows = [[name, f"{size:,}", *(f"{found[c]:.4f}" for c in COLUMNS)] for name, size, found in floors(log)]
-    for line in (head, ["---"] * len(head), *rows):
-        print("| " + " | ".join(line) + " |")
+    points = floors(log)
+    head = ["model", "bytes", *(METRICS[name].title for name in _RANKING)]
+    rows = [[row.model, f"{row.bytes:,}", *(f"{row[name]:.4f}" for name in _RANKING)] for _, row in points.iterrows()]
+    print("\n".join([*markdown_table(head, rows), "", *parts_table(["model"], points, _RANKING[0])]))
 
 
 if __name__ == "__main__":

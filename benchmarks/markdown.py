@@ -33,12 +33,18 @@ def _comparison(comparison: Comparison) -> str:
         for _, row in points.iterrows()
     ]
     lines = [f"## {comparison.title}\n", f"{comparison.rows[0].upper()}{comparison.rows[1:]}.", ""]
-    lines += [*_table(head, rows), ""]
-    return "\n".join([*lines, *_parts(["model", "strategy"], points, comparison.metric)])
+    lines += [*markdown_table(head, rows), ""]
+    return "\n".join([*lines, *parts_table(["model", "strategy"], points, comparison.metric)])
 
 
-def _parts(names: Sequence[str], points: pd.DataFrame, metric: str) -> list[str]:
-    """A table of a metric by part of the test split, if there are any."""
+def parts_table(names: Sequence[str], points: pd.DataFrame, metric: str) -> list[str]:
+    """The lines of a table of a metric by part of the test split, if there are any.
+
+    Args:
+        names: columns that say whose row it is: ``"model"``, ``"strategy"`` or ``"budget"``.
+        points: with what is known of parts as ``slices``.
+        metric: of `METRICS`.
+    """
     if not (parts := parts_of(points, metric)):
         return []
     head = [*names, *(f"{part} ({cases:,})" for part, cases in parts.items())]
@@ -48,7 +54,7 @@ def _parts(names: Sequence[str], points: pd.DataFrame, metric: str) -> list[str]
         + [_value(part_value(row, part, metric)) for part in parts]
         for _, row in points.iterrows()
     ]
-    return [f"{METRICS[metric].title} by part of the test split, and its cases:", "", *_table(head, rows), ""]
+    return [f"{METRICS[metric].title} by part of the test split, and its cases:", "", *markdown_table(head, rows), ""]
 
 
 def _value(value: float) -> str:
@@ -63,8 +69,8 @@ def _section(section: Section) -> str:
     if len(section.points):
         title, beside = METRICS[section.metric].title, METRICS[section.beside].title
         head = [*_HEAD, title, "to float32", beside, "seeds"]
-        lines += [*_table(head, [_row(row, section) for _, row in section.points.iterrows()]), ""]
-        lines += _parts(["strategy", "budget"], section.points, section.metric)
+        lines += [*markdown_table(head, [_row(row, section) for _, row in section.points.iterrows()]), ""]
+        lines += parts_table(["strategy", "budget"], section.points, section.metric)
     if len(infeasible := section.infeasible):
         told = [
             f"{cell.label} at {cell.budget} (≥ {format_bytes(cell.minimum_bytes)})" for cell in infeasible.itertuples()
@@ -96,6 +102,7 @@ def with_std(row: pd.Series, metric: str) -> str:
     return f"{row[metric]:.4f}" + ("" if math.isnan(std) else f" ± {std:.4f}")
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
     lines = [list(head), ["---"] * len(head), *rows]
     return ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines]

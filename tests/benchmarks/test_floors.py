@@ -7,12 +7,16 @@ from benchmarks.floors import main
 
 def test_floors_are_printed_as_markdown(tmp_path, capsys):
     main(["data=sessions/synthetic_sessions", "data.sessions=500", "data.items=80", f"data_cache={tmp_path}"])
-    head, _, popularity, knn = capsys.readouterr().out.splitlines()
+    head, _, popularity, knn, _, about, _, parts, _, *by_part, _ = capsys.readouterr().out.splitlines()
     assert head == "| model | bytes | test NDCG@10 | test HR@10 | test MRR@20 | test HR@20 |"
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in (popularity, knn)]
     found = {row[0]: [float(cell) for cell in row[2:]] for row in rows}
     assert list(found) == ["popularity", "item_knn"]
     assert found["item_knn"][0] > found["popularity"][0] > 0
+    assert about == "test NDCG@10 by part of the test split, and its cases:"
+    assert parts.startswith("| model | unseen (")
+    assert "| length ≤ 2 (" in parts
+    assert [line[2:12] for line in by_part] == ["popularity", "item_knn |"]
 
 
 @pytest.mark.parametrize(
