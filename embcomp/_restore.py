@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from embcomp._checkpoint import Checkpoint, get
 from embcomp.config import config_from_dict, config_to_dict, strategy_of
 from embcomp.errors import EmbcompError, IncompatibleStateError
+from embcomp.integrations import fuse_collections
 from embcomp.sites import GROUPS, Site, attach, find_groups, find_sites, home_of, owner_path
 from embcomp.specs import TableSpec
 from embcomp.tables import EmbeddingTables
@@ -119,7 +120,7 @@ def load_plain(
     built = {id(group): group.build() for group in saved}
     for key, home in homes.items():
         built[key].to("cpu" if home.type == "meta" else home)
-    model = attach(model, [(site, built[id(group)]) for site, group in placed], list(built.values()))
+    model, _ = fuse_collections(attach(model, [(s, built[id(group)]) for s, group in placed], list(built.values())))
     model.load_state_dict(rest, strict=False, assign=assign)
     return model, list(built.values())
 

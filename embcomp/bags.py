@@ -44,6 +44,13 @@ def bag_bounds(ids: Tensor, offsets: Tensor | None, include_last_offset: bool) -
     return bounds
 
 
+def are_single(bounds: Tensor, num_ids: int) -> bool:
+    """Whether every bag has one id, so that there is nothing to pool; False where looking would wait for a device."""
+    if len(bounds) != num_ids + 1 or bounds.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return bool((bounds == torch.arange(num_ids + 1)).all())
+
+
 def check_pooling(ids: Tensor, per_sample_weights: Tensor | None, mode: str) -> None:
     """Check how bags are to be pooled.
 

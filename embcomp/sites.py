@@ -179,7 +179,8 @@ def choose(
     allowed = [site for site in sites if filter_fn is None or filter_fn(site.embeddings[0][1], site.name)]
     if not sites:
         raise NoMatchingTableError(
-            "the model has no nn.Embedding and no nn.EmbeddingBag that is not compressed already: nothing to compress"
+            "the model has no nn.Embedding and no nn.EmbeddingBag that is not compressed already: nothing to compress "
+            "(tables that another library has quantized are none any more: compress_ comes first)"
         )
     names = ", ".join(site.name for site in sites)
     if not allowed:
@@ -239,7 +240,7 @@ def attach(
         for path, module in [*site.embeddings, *((path, module) for path, _, module in site.others)]:
             if id(module) not in views:
                 views[id(module)] = _view_of(module, site, tables).train(module.training)
-            model = _put(model, path, views[id(module)])
+            model = put(model, path, views[id(module)])
     home = model.get_submodule(owner)
     registered = getattr(home, GROUPS, Groups())
     registered.extend(group.train(training and not group.is_final) for group in groups)
@@ -257,11 +258,12 @@ def _view_of(module: nn.Module, site: Site, tables: EmbeddingTables) -> TableVie
     return EmbeddingView(tables, site.names, **options)  # type: ignore[arg-type]
 
 
-def _put(model: nn.Module, path: str, view: TableView) -> nn.Module:
+def put(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """Put a module in the place of another; returns the model, or the module where it takes the model's place."""
     if not path:
-        return view
+        return module
     parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, view)
+    setattr(model.get_submodule(parent), name, module)
     return model
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from embcomp.budget import Budget, Plan
 from embcomp.config import StrategyConfig, config_to_json
 from embcomp.errors import ConfigError, NoMatchingTableError, SpecError, did_you_mean
+from embcomp.integrations import fuse_collections
 from embcomp.memory import MemoryReport, format_bytes, sum_reports
 from embcomp.planning import plan_groups
 from embcomp.reporting import format_rows, table_rows
@@ -157,7 +158,8 @@ def compress_(
             tables.load_dense_({name: dense[name] for name in tables.names}, own)
     placed = [(site, tables) for group, tables in zip(groups, built, strict=True) for site in group.sites]
     notes = _notes(model, [site for site, _ in placed], groups)
-    handle = Compression(attach(model, placed, built), tuple(built), tuple(plans), notes)
+    model, of_collections = fuse_collections(attach(model, placed, built))
+    handle = Compression(model, tuple(built), tuple(plans), (*notes, *of_collections))
     if verbose:
         print(handle.report())
     return handle

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embcomp.bags import bag_bounds, check_pooling
+from embcomp.bags import are_single, bag_bounds, check_pooling
 from embcomp.config import StrategyConfig, strategy_of
 from embcomp.errors import ConfigError, IncompatibleStateError, InputError, SpecError, UnseenIdError, did_you_mean
 from embcomp.hashing import check_range, hash_seed, hash_to_range
@@ -266,6 +266,8 @@ class EmbeddingTables(nn.Module):
         check_pooling(ids, per_sample_weights, mode)
         vectors = self(ids, table).reshape(-1, self.embedding_dim)
         number = vectors.shape[0]
+        if per_sample_weights is None and are_single(bounds, number):
+            return vectors
         position = torch.arange(number, device=ids.device)
         padding = None if mode == "sum" else self._bag_padding(ids, table)  # sums don't see zeros
         padding_idx = None

@@ -8,7 +8,8 @@ listed in `CHECKS`, so that a test runner can name them one by one:
         check(MyConfig(rows="int8"))
 
 Checks take a registered strategy's name or config, raise `AssertionError` with what was wanted and found, need torch
-and safetensors alone, and use tables small enough for all of them to take seconds.
+and safetensors alone (and look at TorchRec's collections where it is installed), and use tables small enough for all of
+them to take seconds.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from embcomp.testing.budgets import (
     check_smallest_budget,
     reconstruction_error,
 )
+from embcomp.testing.collections import check_collections
 from embcomp.testing.forms import (
     check_compile,
     check_config,
@@ -69,6 +71,7 @@ CHECKS: tuple[Callable[[str | StrategyConfig], None], ...] = (
     check_bags,
     check_whole_tables,
     check_scores,
+    check_collections,
     check_seeds,
     check_ids_differ,
     check_initial_spread,

@@ -92,6 +92,8 @@ def check_bags(strategy: Strategy) -> None:
             require_close(got, wanted, f"bag {mode} of {name} with include_last_offset")
             rows = torch.stack([_pool(tables, row, name, mode) for row in ids.view(3, 4)])
             require_close(tables.bag(ids.view(3, 4), None, name, mode=mode), rows, f"bag {mode} of {name}, ids (B, L)")
+            single = torch.stack([_pool(tables, row, name, mode) for row in ids[:, None]])
+            require_close(tables.bag(ids[:, None], None, name, mode=mode), single, f"bag {mode} of {name}, an id each")
         wanted = torch.stack([_pool(tables, ids[a:b], name, "sum", weights[a:b]) for a, b in bags])
         require_close(tables.bag(ids, offsets, name, weights), wanted, f"weighted bag of {name}")
         none = tables.bag(ids[:0], torch.zeros(3, dtype=torch.long), name)

@@ -1,0 +1,287 @@
+"""TorchRec's collections on compressed tables: one lookup per group, whatever the number of features.
+
+Shapes: ``F`` features, ``B`` batch, ``N`` ids of all bags together, ``D`` dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollection,
+    EmbeddingBagCollectionInterface,
+    EmbeddingCollection,
+    EmbeddingCollectionInterface,
+    get_embedding_names_by_table,
+)
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
+
+from embcomp.errors import InputError
+from embcomp.sites import GROUPS, put
+from embcomp.tables import EmbeddingTables
+from embcomp.views import EmbeddingBagView, EmbeddingView, TableView
+
+COLLECTIONS = (EmbeddingBagCollection, EmbeddingCollection)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A feature in one of its tables: a key of the output.
+
+    Attributes:
+        place: among the keys.
+        feature: its name.
+        key: what the output calls it.
+        view: of its table.
+    """
+
+    place: int
+    feature: str
+    key: str
+    view: TableView
+
+
+class _Lookup(nn.Module):
+    """One lookup in one group, for features that are pooled alike."""
+
+    columns: Tensor
+
+    def __init__(self, slots: Sequence[_Slot]) -> None:
+        super().__init__()
+        self.features = [slot.feature for slot in slots]
+        self.places = [slot.place for slot in slots]
+        self._view = (slots[0].view,)  # the tuple keeps nn.Module from registering what the model owns
+        columns = [self.tables.index_of(slot.view.names[0]) for slot in slots]
+        self.register_buffer("columns", torch.tensor(columns, device=slots[0].view.device), persistent=False)
+        self.only_column = columns[0] if len(set(columns)) == 1 else None
+
+    @property
+    def tables(self) -> EmbeddingTables:
+        """The group."""
+        return self._view[0].tables
+
+    def own(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """The lookup's features, in its order."""
+        keys = list(features.keys())
+        return features if keys == self.features else features.permute([keys.index(name) for name in self.features])
+
+    def column_of(self, features: KeyedJaggedTensor) -> Tensor | int:
+        """Which table of the group each id is of: int64 ``(N,)``."""
+        if self.only_column is not None:
+            return self.only_column
+        repeats = torch.tensor(features.length_per_key(), device=self.columns.device)
+        return torch.repeat_interleave(self.columns, repeats, output_size=features.values().numel())
+
+
+class _Compressed(nn.Module):
+    """What both collections have in common.
+
+    Args:
+        configs: of the tables.
+        views: table -> its view, in the order of the configs.
+    """
+
+    def __init__(self, configs: Sequence[BaseEmbeddingConfig], views: Sequence[TableView]) -> None:
+        super().__init__()
+        names = get_embedding_names_by_table(list(configs))
+        slots: list[_Slot] = []
+        for config, keys, view in zip(configs, names, views, strict=True):
+            for feature, key in zip(config.feature_names, keys, strict=True):
+                slots.append(_Slot(len(slots), feature, key, view))
+        groups: dict[tuple[int, str], list[_Slot]] = {}
+        for slot in slots:
+            groups.setdefault((id(slot.view.tables), getattr(slot.view, "mode", "")), []).append(slot)
+        self.keys = [slot.key for slot in slots]
+        self.feature_names = list(dict.fromkeys(slot.feature for slot in slots))
+        self.lookups = nn.ModuleList(_Lookup(own) for own in groups.values())
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the tables."""
+        return self._lookups()[0].columns.device
+
+    def _lookups(self) -> list[_Lookup]:
+        return [lookup for lookup in self.lookups if isinstance(lookup, _Lookup)]
+
+    def _checked(self, features: KeyedJaggedTensor, weighted: bool = False) -> KeyedJaggedTensor:
+        kjt: KeyedJaggedTensor = maybe_td_to_kjt(features, None)
+        known = kjt.keys()
+        if missing := [name for name in self.feature_names if name not in known]:
+            raise InputError(
+                f"the KeyedJaggedTensor lacks features {', '.join(map(repr, missing))}; it has "
+                f"{', '.join(map(repr, known)) or 'none'}, and this collection looks {', '.join(self.feature_names)} up"
+            )
+        if weighted and kjt.weights_or_none() is None:
+            raise InputError(
+                "the collection is weighted (is_weighted=True), and the KeyedJaggedTensor has no weights: give "
+                "weights=, one float per value"
+            )
+        if not torch.compiler.is_compiling() and kjt.values().device.type == "cpu":
+            total, number = int(kjt.lengths().sum()), kjt.values().numel()
+            if total != number:
+                raise InputError(f"the KeyedJaggedTensor has {number} values, and lengths that add up to {total}")
+        return kjt
+
+
+class CompressedEmbeddingBagCollection(_Compressed, EmbeddingBagCollectionInterface):
+    """Looks like the ``EmbeddingBagCollection`` that it was: the same keys in the same order, float32.
+
+    Args:
+        collection: whose tables are views of groups.
+    """
+
+    def __init__(self, collection: EmbeddingBagCollection) -> None:
+        super().__init__(collection.embedding_bag_configs(), list(collection.embedding_bags.values()))
+        self.embedding_bags = collection.embedding_bags
+        self._configs, self._is_weighted = collection.embedding_bag_configs(), collection.is_weighted()
+        self._lengths = [config.embedding_dim for config in self._configs for _ in config.feature_names]
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Look up and pool, once per group and kind of pooling.
+
+        Args:
+            features: of ids, int64 or int32; with weights if the collection is weighted. Keys may come in any order,
+                and there may be more of them.
+
+        Raises:
+            InputError: if a feature or the weights are missing, or lengths do not add up to the values.
+            UnseenIdError: if an id is outside its table, and the tables' policy is to say so.
+        """
+        features = self._checked(features, self._is_weighted)
+        pieces: list[Tensor] = [torch.empty(0)] * len(self.keys)
+        for lookup in self._lookups():
+            own = lookup.own(features)
+            mode = self._mode(lookup)
+            weights = own.weights() if self._is_weighted else None
+            pooled = lookup.tables.bag(own.values(), own.offsets(), lookup.column_of(own), weights, mode, True)
+            rows = pooled.split(own.stride_per_key())
+            for place, name, part in zip(lookup.places, lookup.features, rows, strict=True):
+                index = _inverse(features, name)
+                pieces[place] = part if index is None else part.index_select(0, index)
+        return KeyedTensor(self.keys, self._lengths, torch.cat(pieces, dim=1))
+
+    @staticmethod
+    def _mode(lookup: _Lookup) -> str:
+        view = lookup._view[0]
+        assert isinstance(view, EmbeddingBagView)
+        return view.mode
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """The configs of the tables, as they were."""
+        return self._configs
+
+    def is_weighted(self) -> bool:
+        """Whether ids have weights."""
+        return self._is_weighted
+
+
+class CompressedEmbeddingCollection(_Compressed, EmbeddingCollectionInterface):
+    """Looks like the ``EmbeddingCollection`` that it was: a vector for every id, float32.
+
+    Args:
+        collection: whose tables are views of groups.
+    """
+
+    def __init__(self, collection: EmbeddingCollection) -> None:
+        super().__init__(collection.embedding_configs(), list(collection.embeddings.values()))
+        self.embeddings = collection.embeddings
+        self._configs, self._need_indices = collection.embedding_configs(), collection.need_indices()
+        self._dim, self._names = collection.embedding_dim(), collection.embedding_names_by_table()
+
+    def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+        """Look up, once per group.
+
+        Args:
+            features: of ids, int64 or int32. Keys may come in any order, and there may be more of them.
+
+        Returns:
+            Key -> vectors ``(N_f, D)`` with the lengths of the feature, and its ids as weights if they are needed.
+
+        Raises:
+            InputError: if a feature is missing, or lengths do not add up to the values.
+            UnseenIdError: if an id is outside its table, and the tables' policy is to say so.
+        """
+        features = self._checked(features)
+        found: dict[int, JaggedTensor] = {}
+        for lookup in self._lookups():
+            own = lookup.own(features)
+            vectors = lookup.tables(own.values(), lookup.column_of(own)).split(own.length_per_key())
+            ids = own.values().split(own.length_per_key())
+            lengths = own.lengths().split(own.stride_per_key())
+            for place, rows, its_ids, its_lengths in zip(lookup.places, vectors, ids, lengths, strict=True):
+                found[place] = JaggedTensor(rows, its_ids if self._need_indices else None, its_lengths)
+        return {key: found[place] for place, key in enumerate(self.keys)}
+
+    def embedding_configs(self) -> list[EmbeddingConfig]:
+        """The configs of the tables, as they were."""
+        return self._configs
+
+    def need_indices(self) -> bool:
+        """Whether ids are returned along."""
+        return self._need_indices
+
+    def embedding_dim(self) -> int:
+        """D."""
+        return self._dim
+
+    def embedding_names_by_table(self) -> list[list[str]]:
+        """Keys of the output, table by table."""
+        return self._names
+
+
+def fuse(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """Replace the collections in a model, all of whose tables are views; see `fuse_collections`."""
+    notes: list[str] = []
+    replaced: dict[int, nn.Module] = {}
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(module, COLLECTIONS):
+            continue
+        if id(module) not in replaced:
+            if why := _unfit(module):
+                if any(isinstance(table, TableView) for table in _tables_of(module)):
+                    notes.append(f"  {path or type(module).__name__}: looks features up one by one, since {why}")
+                continue
+            replaced[id(module)] = _compressed(module)
+            if not path:
+                notes.append(f"  the model itself was the {type(module).__name__}: go on with handle.model")
+        model = put(model, path, replaced[id(module)])
+    return model, notes
+
+
+def _unfit(collection: Any) -> str:
+    """Why the features of a collection can't be looked up at once; empty if they can."""
+    plain = EmbeddingBagCollection if isinstance(collection, EmbeddingBagCollection) else EmbeddingCollection
+    tables = _tables_of(collection)
+    if type(collection).forward is not plain.forward:
+        return f"{type(collection).__name__} has a forward of its own"
+    if collection._forward_hooks or collection._forward_pre_hooks or collection._backward_hooks:
+        return "it has hooks, which would be lost: register them after compress_"
+    if not all(isinstance(table, EmbeddingBagView | EmbeddingView) and len(table.names) == 1 for table in tables):
+        return "not all of its tables are compressed, each as one"
+    return ""
+
+
+def _compressed(collection: Any) -> nn.Module:
+    bags = isinstance(collection, EmbeddingBagCollection)
+    made = CompressedEmbeddingBagCollection(collection) if bags else CompressedEmbeddingCollection(collection)
+    if hasattr(collection, GROUPS):  # it is the model itself
+        made.add_module(GROUPS, getattr(collection, GROUPS))
+    made.training = collection.training
+    return made
+
+
+def _tables_of(collection: Any) -> list[nn.Module]:
+    kept = collection.embedding_bags if isinstance(collection, EmbeddingBagCollection) else collection.embeddings
+    return list(kept.values())
+
+
+def _inverse(features: KeyedJaggedTensor, name: str) -> Tensor | None:
+    """For batches without duplicates: which row of a feature each sample has, int64 ``(B,)``."""
+    inverse = features.inverse_indices_or_none()
+    return None if inverse is None else inverse[1][inverse[0].index(name)]

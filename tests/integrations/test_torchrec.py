@@ -1,0 +1,259 @@
+"""TorchRec's collections after compress_: same keys, order and values, in one lookup per group."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import embcomp
+from embcomp import EmbeddingTables, FullConfig, HashConfig
+from embcomp.errors import InputError, NoMatchingTableError, UnseenIdError
+from embcomp.views import EmbeddingBagView
+
+torchrec = pytest.importorskip("torchrec", reason="needs torchrec")
+
+from torchrec import (  # noqa: E402
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    EmbeddingCollection,
+    EmbeddingConfig,
+    KeyedJaggedTensor,
+    PoolingType,
+)
+
+from embcomp.integrations.torchrec import (  # noqa: E402
+    CompressedEmbeddingBagCollection,
+    CompressedEmbeddingCollection,
+)
+
+pytestmark = pytest.mark.torchrec
+
+SIZES = {"t1": 50, "t2": 40, "t3": 30}
+
+
+def bags(is_weighted=False, dims=(4, 4, 6), poolings=("SUM", "MEAN", "SUM")):
+    """Feature a in two tables, two features in t2, and t3 of another dimension."""
+    features = {"t1": ["a"], "t2": ["b", "a"], "t3": ["c"]}
+    torch.manual_seed(0)
+    return EmbeddingBagCollection(
+        [
+            EmbeddingBagConfig(
+                name=name,
+                embedding_dim=dim,
+                num_embeddings=SIZES[name],
+                feature_names=features[name],
+                pooling=PoolingType[pooling],
+            )
+            for name, dim, pooling in zip(SIZES, dims, poolings, strict=True)
+        ],
+        is_weighted=is_weighted,
+    )
+
+
+def sequences(need_indices=False):
+    features = {"t1": ["a"], "t2": ["b", "a"], "t3": ["c"]}
+    torch.manual_seed(0)
+    return EmbeddingCollection(
+        [
+            EmbeddingConfig(name=name, embedding_dim=4, num_embeddings=SIZES[name], feature_names=features[name])
+            for name in SIZES
+        ],
+        need_indices=need_indices,
+    )
+
+
+def batch(keys=("a", "b", "c"), size=5, longest=3, weighted=False, seed=0, dtype=torch.int64):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, longest + 1, (len(keys) * size,), generator=generator)
+    number = int(lengths.sum())
+    values = torch.randint(0, 30, (number,), generator=generator).to(dtype)
+    weights = torch.rand(number, generator=generator) if weighted else None
+    return KeyedJaggedTensor(list(keys), values, weights, lengths=lengths)
+
+
+def compressed(model, config="full", **options):
+    return embcomp.compress_(copy.deepcopy(model), config, init="trained", verbose=False, **options).model
+
+
+def assert_same(found, wanted, rtol=1e-6, atol=1e-6):
+    if isinstance(wanted, dict):
+        assert list(found) == list(wanted)
+        for key, own in wanted.items():
+            torch.testing.assert_close(found[key].values(), own.values(), rtol=rtol, atol=atol)
+            assert torch.equal(found[key].lengths(), own.lengths())
+            assert torch.equal(found[key].offsets(), own.offsets())
+            one, other = found[key].weights_or_none(), own.weights_or_none()
+            assert (one is None) == (other is None)
+            assert one is None or torch.equal(one, other)
+    else:
+        assert found.keys() == wanted.keys()
+        assert found.length_per_key() == wanted.length_per_key()
+        assert found.values().dtype == wanted.values().dtype
+        torch.testing.assert_close(found.values(), wanted.values(), rtol=rtol, atol=atol)
+
+
+MODELS = {
+    "bags": bags,
+    "weighted bags": lambda: bags(True, poolings=("SUM", "SUM", "SUM")),
+    "sequences": sequences,
+    "sequences with indices": lambda: sequences(True),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+class TestEveryCollection:
+    @pytest.mark.parametrize("keys", ["abc", "cab", "xcaby"])
+    def test_keys_order_and_values_are_the_same(self, name, keys):
+        model = MODELS[name]()
+        features = batch(keys, weighted="weighted" in name)
+        wanted, new = model(features), compressed(model)
+        assert isinstance(new, CompressedEmbeddingBagCollection | CompressedEmbeddingCollection)
+        assert_same(new(features), wanted)
+        assert new.device == torch.device("cpu")
+
+    @pytest.mark.parametrize("options", [{"longest": 0}, {"size": 1}, {"dtype": torch.int32}, {"longest": 40}])
+    def test_empty_and_long_bags_and_int32(self, name, options):
+        model = MODELS[name]()
+        features = batch(weighted="weighted" in name, **options)
+        assert_same(compressed(model)(features), model(features))
+
+    def test_training_goes_the_same_way(self, name):
+        losses = []
+        for model in (MODELS[name](), compressed(MODELS[name]())):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+            own = []
+            for step in range(5):
+                out = model(batch(weighted="weighted" in name, seed=step))
+                vectors = [value.values() for value in out.values()] if isinstance(out, dict) else [out.values()]
+                loss = sum((vector - 1).square().sum() for vector in vectors) / 50
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                own.append(loss.item())
+            losses.append(own)
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+        assert losses[0][-1] < losses[0][0]
+
+    def test_there_is_one_lookup_per_group_and_pooling(self, name, monkeypatch):
+        new = compressed(MODELS[name]())
+        calls = []
+        forward = EmbeddingTables.forward
+        monkeypatch.setattr(
+            EmbeddingTables, "forward", lambda self, *given: calls.append(self) or forward(self, *given)
+        )
+        new(batch(weighted="weighted" in name))
+        assert len(calls) == {"bags": 3, "weighted bags": 2}.get(name, 1)
+
+    def test_it_can_lie_anywhere(self, name):
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first = nn.ModuleDict({"inner": MODELS[name]()})
+                self.again = self.first["inner"]
+
+            def forward(self, features):
+                return self.first["inner"](features), self.again(features)
+
+        model, features = Model(), batch(weighted="weighted" in name)
+        wanted = model(features)
+        handle = embcomp.compress_(model, "full", init="trained", verbose=False)
+        assert handle.model is model
+        assert model.again is model.first["inner"]
+        for one, other in zip(model(features), wanted, strict=True):
+            assert_same(one, other)
+        sequential = nn.Sequential(MODELS[name]())
+        embcomp.compress_(sequential, "full", init="trained", verbose=False)
+        assert_same(sequential(features), wanted[0])
+
+    def test_it_is_saved_and_loaded_into_the_plain_model(self, name, tmp_path):
+        model = nn.ModuleDict({"inner": MODELS[name]()})
+        new = compressed(model, HashConfig(unseen="hash"), budget="50%")
+        embcomp.finalize_(new)
+        embcomp.save_pretrained(new, tmp_path)
+        loaded = embcomp.load_pretrained_(nn.ModuleDict({"inner": MODELS[name]()}), tmp_path)
+        again = loaded if isinstance(loaded, nn.Module) else loaded.model
+        features = batch(weighted="weighted" in name)
+        assert type(again["inner"]) is type(new["inner"])
+        assert_same(again["inner"](features), new["inner"](features), 0, 0)
+
+    def test_copies_and_devices(self, name):
+        new, features = compressed(MODELS[name]()), batch(weighted="weighted" in name)
+        wanted = new(features)
+        other = copy.deepcopy(new)
+        with torch.no_grad():
+            for parameter in new.parameters():
+                parameter.zero_()
+        assert_same(other(features), wanted, 0, 0)
+        other.to("meta")
+        assert other.device == torch.device("meta")
+
+    def test_a_missing_feature_is_named(self, name):
+        with pytest.raises(InputError, match=r"lacks features 'b'.*'a', 'c'"):
+            compressed(MODELS[name]())(batch("ac", weighted="weighted" in name))
+
+    def test_wrong_ids_are_named(self, name):
+        new, weighted = compressed(MODELS[name]()), "weighted" in name
+        features = batch(weighted=weighted)
+        features.values()[-1] = 30
+        with pytest.raises(UnseenIdError, match=r"id 30 .*outside table .*t3.*\[0, 30\)"):
+            new(features)
+        weights = torch.rand(2) if weighted else None
+        floats = KeyedJaggedTensor(list("abc"), torch.tensor([1.0, 2.0]), weights, lengths=torch.tensor([1, 1, 0]))
+        with pytest.raises(InputError, match="int64"):
+            new(floats)
+        long = KeyedJaggedTensor(list("abc"), torch.tensor([1, 2]), weights, lengths=torch.tensor([1, 1, 5]))
+        with pytest.raises(InputError, match="2 values, and lengths that add up to 7"):
+            new(long)
+
+
+def test_batches_without_duplicates():
+    model = bags()
+    values, lengths = torch.tensor([1, 2, 3, 4, 5, 6]), torch.tensor([1, 1, 2, 0, 2])
+    inverse = (["a", "b", "c"], torch.tensor([[0, 1, 1], [0, 0, 1], [0, 0, 0]]))
+    features = KeyedJaggedTensor(
+        ["a", "b", "c"], values, lengths=lengths, stride_per_key_per_rank=[[2], [2], [1]], inverse_indices=inverse
+    )
+    assert_same(compressed(model)(features), model(features))
+
+
+def test_weights_must_be_there():
+    with pytest.raises(InputError, match="no weights"):
+        compressed(bags(True, poolings=("SUM",) * 3))(batch())
+
+
+def test_what_cannot_be_fused_is_looked_up_one_by_one(capsys):
+    features = batch()
+    model = bags()
+    some = embcomp.compress_(copy.deepcopy(model), {"*t1": FullConfig(), "*": None}, init="trained")
+    assert "one by one, since not all of its tables are compressed" in capsys.readouterr().out
+    assert type(some.model) is EmbeddingBagCollection
+    assert_same(some.model(features), model(features))
+    hooked = copy.deepcopy(model)
+    calls = []
+    hooked.register_forward_hook(lambda *given: calls.append(1))
+    handle = embcomp.compress_(hooked, "full", init="trained", verbose=False)
+    assert_same(handle.model(features), model(features))
+    assert calls
+    assert "hooks" in handle.report()
+
+
+def test_a_table_alone_can_take_the_place_of_one_of_theirs():
+    model, features = bags(), batch()
+    wanted = model(features)
+    tables = embcomp.build_tables([embcomp.TableSpec("t1", 50, 4)])
+    tables.load_dense_({"t1": model.embedding_bags["t1"].weight.detach()})
+    model.embedding_bags["t1"] = EmbeddingBagView(tables, ["t1"], "sum", include_last_offset=True)
+    assert_same(model(features), wanted)
+
+
+def test_a_quantized_collection_is_compared_with_and_refused():
+    from torchrec.inference.modules import quantize_embeddings
+
+    model, features = nn.Sequential(bags(poolings=("SUM",) * 3)), batch()
+    theirs = quantize_embeddings(copy.deepcopy(model), torch.qint8, inplace=False)
+    ours = compressed(model, "quantize", budget="60%")
+    embcomp.finalize_(ours)
+    assert_same(ours(features), theirs(features), rtol=0, atol=0.02)
+    with pytest.raises(NoMatchingTableError, match="quantized"):
+        embcomp.compress_(theirs, "full")
