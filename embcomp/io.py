@@ -47,8 +47,13 @@ def save_pretrained(module: nn.Module | Compression, folder: str | Path) -> Path
         IncompatibleStateError: if something in the state is no tensor with values, so that it can't be saved.
     """
     model = module.model if isinstance(module, Compression) else module
+    return write_pretrained(model, folder, model.state_dict())
+
+
+def write_pretrained(model: nn.Module, folder: str | Path, state: Mapping[str, Any]) -> Path:
+    """Save a model whose state was gathered elsewhere; see `save_pretrained`."""
     groups_of(model)
-    tensors, aliases = _distinct(model.state_dict())
+    tensors, aliases = _distinct(state)
     groups = find_groups(model)
     views = [view for view in model.modules() if isinstance(view, TableView) and len(view.names) > 1]
     described = {

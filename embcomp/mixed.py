@@ -68,6 +68,7 @@ class MixedTables(EmbeddingTables):
             raise ConfigError(f"{type(self).__name__}.pieces: two pieces of one table are kept alike; make them one")
         by_part = [[p for p in pieces if p.kind == kind] for kind in dict.fromkeys(piece.kind for piece in pieces)]
         self.parts = nn.ModuleList(self._build(own) for own in by_part)  # type: ignore[assignment]
+        self.can_be_sharded = all(part.can_be_sharded for part in self.parts)
         self._by_part = [[(p.table, p.start, p.stop) for p in own] for own in by_part]
         self._is_cut = len(pieces) > self.num_tables
         owners = [table for own in self._by_part for table, _, _ in own]
@@ -170,7 +171,7 @@ class MixedTables(EmbeddingTables):
         for index, module in enumerate(self.parts):
             place = (owner == index).nonzero().squeeze(1)
             # Without gradients what nobody asked for is left out; with them, every part gets one, if zero.
-            if len(place) or torch.is_grad_enabled() or not found:
+            if len(place) or torch.is_grad_enabled() or self.is_sharded or not found:
                 places.append(place)
                 table = local.index_select(0, place) if module.num_tables > 1 else 0
                 found.append(module.lookup(flat.index_select(0, place), table))

@@ -57,6 +57,10 @@ class EmbeddingTables(nn.Module):
     """Whether `lookup` takes every int64 id, so that ``unseen="hash"`` needs no detour."""
     has_zero_vectors: ClassVar[bool] = False
     """Whether vectors that are evaluated or served may be zero, because the strategy prunes values."""
+    can_be_sharded: bool = False
+    """Whether training does nothing to stored rows but look them up, so that other processes can hold them."""
+    is_sharded: bool = False
+    """Whether other processes hold some rows: then all processes make every lookup together, be it of no id."""
 
     _sizes: Tensor
     _pads: Tensor

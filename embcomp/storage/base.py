@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from embcomp.errors import IncompatibleStateError
+from embcomp.storage.gather import read_rows
 
 Ids = Tensor | range
 """Int64 ``(...)``, or consecutive numbers, which need not be gathered."""
@@ -92,3 +96,37 @@ class RowStore(nn.Module):
     def extra_repr(self) -> str:
         size = sum(self.serve_bytes())
         return f"rows={self.num_rows}, dim={self.dim}, segments={len(self.segments)}, serve_bytes={size}"
+
+
+class MatrixRows(RowStore):
+    """Base of stores that are trained as one float matrix, of which lookups read rows, wherever it lies.
+
+    Attributes:
+        weight: float ``(R, d)``; not there while the rows lie elsewhere.
+        sparse: whether gradients are row-sparse.
+        elsewhere: what reads rows that other processes hold parts of, see `embcomp.integrations.sharding`; else None.
+        processes: that make every lookup together, each for its part of a batch.
+    """
+
+    weight: nn.Parameter
+    sparse: bool
+    elsewhere: nn.Module | None
+
+    def __init__(self, segments: Sequence[int], dim: int) -> None:
+        super().__init__(segments, dim)
+        self.elsewhere, self.processes = None, 1
+
+    def read(self, rows: Tensor, segment: Segment) -> Tensor:
+        """Read rows as they are, float ``(..., d)``; arguments as those of `forward`."""
+        if self.elsewhere is None:
+            return read_rows(self.weight, rows, self.sparse)
+        found: Tensor = self.elsewhere(rows, segment)
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self.__dict__["_modules"].get("elsewhere") is not None:
+            raise IncompatibleStateError(
+                f"these {self.num_rows} rows lie in several processes, so that they can be looked up and trained, and "
+                "nothing else: load what save_sharded saved to do more"
+            )
+        return super().__getattr__(name)

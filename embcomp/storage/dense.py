@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from embcomp.storage.base import RowStore, Segment
-from embcomp.storage.gather import read_rows
+from embcomp.storage.base import MatrixRows, RowStore, Segment
 from embcomp.storage.grids import round_through
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class DenseRows(RowStore):
+class DenseRows(MatrixRows):
     """Rows as one float matrix ``(R, d)``.
 
     Args:
@@ -42,15 +41,16 @@ class DenseRows(RowStore):
         self.weight = nn.Parameter(torch.empty(self.num_rows, dim, dtype=dtype))
 
     def forward(self, rows: Tensor, segment: Segment = None) -> Tensor:
-        return self._rounded(read_rows(self.weight, rows, self.sparse))
+        return self._rounded(self.read(rows, segment))
 
     def consecutive(self, start: int, stop: int, segment: Segment = None) -> Tensor:
-        if self.sparse and self.weight.requires_grad and torch.is_grad_enabled():
-            return super().consecutive(start, stop, segment)  # the gradient of a slice is dense
+        slices_cost = self.sparse and torch.is_grad_enabled() and self.weight.requires_grad  # their gradient is dense
+        if self.elsewhere is not None or slices_cost:
+            return super().consecutive(start, stop, segment)
         return self._rounded(self.weight[start:stop])
 
     def _rounded(self, vectors: Tensor) -> Tensor:
-        if self.rounding and self.weight.dtype != self.serve_dtype:
+        if self.rounding and vectors.dtype != self.serve_dtype:
             plain = vectors.detach()
             vectors = vectors + (round_through(plain, self.serve_dtype).to(vectors.dtype) - plain)
         return vectors.to(torch.float32)
@@ -74,7 +74,7 @@ class DenseRows(RowStore):
 
     def finalize(self) -> RowStore:
         served = DenseRows.__new__(DenseRows)
-        RowStore.__init__(served, self.segments, self.dim)
+        MatrixRows.__init__(served, self.segments, self.dim)
         served.serve_dtype, served.sparse, served.rounding = self.serve_dtype, False, True
         served.weight = nn.Parameter(self.weight.detach().to(self.serve_dtype), requires_grad=False)
         return served

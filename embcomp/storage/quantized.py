@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from embcomp.errors import IncompatibleStateError
 from embcomp.storage import fitting, grids
-from embcomp.storage.base import RowStore, Segment
+from embcomp.storage.base import MatrixRows, RowStore, Segment
 from embcomp.storage.formats import RowFormat
-from embcomp.storage.gather import read_rows
 from embcomp.storage.lsq import LearnedGrid, RowGrid
 from embcomp.storage.packed import PackedRows, size_of_segments
 
@@ -19,7 +18,7 @@ _CHUNK_VALUES = 1 << 20
 _FIT_ROWS = 1 << 16
 
 
-class QuantizedRows(RowStore):
+class QuantizedRows(MatrixRows):
     """Float32 master rows that are looked up as the integers they will be served as.
 
     A lookup gathers float32 rows and snaps only those to the grid, so it takes O(batch) memory; gradients pass straight
@@ -61,7 +60,7 @@ class QuantizedRows(RowStore):
             self.offset = nn.Parameter(torch.zeros(shape)) if row_format.offset else None
 
     def forward(self, rows: Tensor, segment: Segment = None) -> Tensor:
-        vectors = read_rows(self.weight, rows, self.sparse).to(torch.float32)
+        vectors = self.read(rows, segment).to(torch.float32)
         if not self.rounding:
             return vectors
         if self.span is None:
@@ -186,10 +185,11 @@ class QuantizedRows(RowStore):
     def _values_per_step(self, vectors: Tensor, span: Tensor, segment: Segment) -> float:
         """N of LSQ: values of this lookup per step; where steps are picked one by one, as if all were used alike."""
         assert self.span is not None
+        number = vectors.numel() * self.processes
         if self.row_format.granularity == "group" or (isinstance(segment, Tensor) and len(self.segments) > 1):
             # The row's own values are added, where a maximum would do, because a sum needs no guard when traced.
-            return vectors.numel() / max(self.span.numel(), 1) + self.dim // self.span.shape[1]
-        return vectors.numel() / span.numel() + 1e-12  # above zero for no vectors, again without a guard
+            return number / max(self.span.numel(), 1) + self.dim // self.span.shape[1]
+        return number / span.numel() + 1e-12  # above zero for no vectors, again without a guard
 
     def _check_finite(self, values: Tensor, start: int, rows: int, what: str = "values") -> Tensor:
         if not bool(values.isfinite().all()):

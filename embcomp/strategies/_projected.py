@@ -44,6 +44,7 @@ class ProjectedConfig(StrategyConfig):
 class ProjectedTables(EmbeddingTables):
     """Tables stored at one smaller dimension d < D, without exemptions."""
 
+    can_be_sharded = True
     _starts: Tensor
     _ranges: Tensor
     _seeds: Tensor

@@ -83,6 +83,7 @@ class CompositionalTables(EmbeddingTables):
     """
 
     knob = "rows"
+    can_be_sharded = True
     config: CompositionalConfig
     _moduli: Tensor
     _strides: Tensor

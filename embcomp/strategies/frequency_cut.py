@@ -71,6 +71,7 @@ class FrequencyCutTables(EmbeddingTables):
     """
 
     knob = "rows"
+    can_be_sharded = True
     config: FrequencyCutConfig
     _starts: Tensor
     _tail_starts: Tensor

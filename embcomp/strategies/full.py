@@ -30,6 +30,7 @@ class FullTables(EmbeddingTables):
 
     knob = "nothing (choose rows=)"
     knob_is_fine = False
+    can_be_sharded = True
     _starts: Tensor
 
     def __init__(

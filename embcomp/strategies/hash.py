@@ -78,6 +78,7 @@ class HashTables(EmbeddingTables):
     """
 
     knob = "rows"
+    can_be_sharded = True
     takes_any_id = True
     config: HashConfig
     _owners: dict[str, tuple[bool, ...]]

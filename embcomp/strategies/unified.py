@@ -80,6 +80,7 @@ class UnifiedTables(EmbeddingTables):
     """
 
     knob = "pool rows"
+    can_be_sharded = True
     takes_any_id = True
     config: UnifiedConfig
     _seeds: Tensor
