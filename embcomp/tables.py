@@ -7,7 +7,7 @@ dimension, ``...`` any leading dimensions.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -561,7 +561,7 @@ class EmbeddingTables(nn.Module):
     def _store_parts(self, name: str, store: RowStore) -> list[MemoryPart]:
         owners = self.names if len(store.segments) == self.num_tables else (SHARED,) * len(store.segments)
         values = sum(p.numel() for p in store.parameters() if p.requires_grad)
-        size = sum(tensor.nbytes for tensor in store.state_dict().values())
+        size = sum(tensor.nbytes for tensor in _kept_here(store))
         sparse = bool(getattr(store, "sparse", False))
         parts = []
         for owner, rows, served in zip(owners, store.segments, store.serve_bytes(), strict=True):
@@ -581,6 +581,15 @@ class EmbeddingTables(nn.Module):
     def _some_names(self) -> str:
         shown = ", ".join(repr(name) for name in self.names[:3])
         return shown if self.num_tables <= 3 else f"{shown} and {self.num_tables - 3} more"
+
+
+def _kept_here(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and persistent buffers: what a state dict has, of rows in several processes those of this one."""
+    yield from module.parameters()
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if name not in owner._non_persistent_buffers_set:
+                yield buffer
 
 
 def _broadcasts_to(shape: Sequence[int], target: Sequence[int]) -> bool:

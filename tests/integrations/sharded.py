@@ -1,5 +1,7 @@
 """A model on compressed tables, trained by one process or by several."""
 
+import os
+
 import torch
 from torch import nn
 
@@ -85,3 +87,71 @@ def train(rank, world_size, plans):
         model = sharding.distribute(model_of(case, dim), optimizer, RATE, kind, **options)
         found.append(losses_of(model, optimizers_of(model, list(sharding.dense_parameters(model)), optimizer), part))
     return found
+
+
+IDS = next(batches(1))[0]
+
+
+def answers(model):
+    with torch.no_grad():
+        return model(IDS).tolist()
+
+
+def train_and_save(rank, world_size, folders):
+    found = []
+    part = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
+    for case, folder in folders.items():
+        model = sharding.distribute(model_of(case, 6), "rowwise_adagrad", RATE, "row_wise")
+        losses_of(model, optimizers_of(model, list(sharding.dense_parameters(model)), "sgd"), part, 3)
+        sharding.save_sharded(model, folder)
+        found.append(answers(model))
+    return found
+
+
+def load_and_answer(rank, world_size, folders):
+    """Answers to all, to other numbers of rows in each process, and to no row in the second."""
+    found = []
+    part = slice(rank * 3, rank * 3 + 1 + 2 * rank)
+    for case, folder in folders.items():
+        model = model_of(case, 6)
+        embcomp.load_pretrained_(model, folder, verbose=False)
+        model = sharding.distribute(model, "sgd", RATE, "table_wise")
+        with torch.no_grad():
+            few, none = model(IDS[part]).tolist(), model(IDS[: 0 if rank else 2]).tolist()
+        found.append((answers(model), few, none))
+    return found
+
+
+def save_and_die(rank, world_size, case, folder):
+    model = sharding.distribute(model_of(case, 6), "sgd", RATE, "row_wise")
+    sharding.save_sharded(model, folder)
+    if rank == 1:
+        os._exit(9)
+    answers(model)
+
+
+def fail_to_save(rank, world_size, case, folder):
+    model = sharding.distribute(model_of(case, 6), "sgd", RATE, "row_wise")
+    try:
+        sharding.save_sharded(model, folder)
+    except embcomp.IncompatibleStateError as error:
+        return str(error)
+
+
+def look_bags_up(rank, world_size, strategy):
+    """A collection whose bags differ in number from process to process."""
+    import torchrec
+
+    torch.manual_seed(0)
+    tables = [
+        torchrec.EmbeddingBagConfig(name=f"t{i}", embedding_dim=8, num_embeddings=60, feature_names=[f"f{i}"])
+        for i in range(2)
+    ]
+    model = nn.Sequential(torchrec.EmbeddingBagCollection(tables))
+    embcomp.compress_(model, strategy, None if strategy == "full" else "60%", verbose=False)
+    generator = torch.Generator().manual_seed(rank)
+    lengths = torch.randint(0, 3, (2 * (rank + 2),), generator=generator)
+    values = torch.randint(0, 60, (int(lengths.sum()),), generator=generator)
+    features = torchrec.KeyedJaggedTensor(["f1", "f0"], values, lengths=lengths)
+    wanted = model(features).values().tolist()
+    return wanted, sharding.distribute(model, "sgd", RATE)(features).values().tolist()

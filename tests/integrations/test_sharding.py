@@ -3,23 +3,37 @@
 import pytest
 
 import embcomp
-from embcomp import ConfigError, TableSpec
+from embcomp import ConfigError, IncompatibleStateError, TableSpec
 from tests.integrations.workers import run_workers
 
 pytest.importorskip("torchrec", reason="needs torchrec")
 
 from embcomp.integrations import sharding
-from tests.integrations.sharded import CASES, alone, train
+from tests.integrations.sharded import (
+    CASES,
+    alone,
+    answers,
+    fail_to_save,
+    load_and_answer,
+    look_bags_up,
+    model_of,
+    save_and_die,
+    train,
+    train_and_save,
+)
 
 pytestmark = pytest.mark.torchrec
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_losses_are_those_of_one_process(world_size):
-    kinds = ["row_wise", "table_wise", "column_wise", "data_parallel", None]
-    plans = [("hash", optimizer, kind, 8) for optimizer in ("sgd", "rowwise_adagrad") for kind in kinds]
-    plans.remove(("hash", "rowwise_adagrad", "column_wise", 8))  # each part of a row has its own accumulator
-    plans += [(case, "rowwise_adagrad", "row_wise", 6) for case in CASES]
+KINDS = ["row_wise", "table_wise", "column_wise", "data_parallel", None]
+HASH = [("hash", optimizer, kind, 8) for optimizer in ("sgd", "rowwise_adagrad") for kind in KINDS]
+HASH.remove(("hash", "rowwise_adagrad", "column_wise", 8))  # each part of a row has its own accumulator
+
+
+@pytest.mark.parametrize(
+    ("world_size", "plans"), [(2, [*HASH, *((case, "rowwise_adagrad", "row_wise", 6) for case in CASES)]), (4, HASH)]
+)
+def test_losses_are_those_of_one_process(world_size, plans):
     ranks = run_workers(train, world_size, plans, timeout=120)
     wrong = []
     for plan, *losses in zip(plans, *ranks, strict=True):
@@ -35,3 +49,85 @@ def test_what_cannot_be_sharded_says_so_by_name():
         tables = embcomp.build_tables([TableSpec("user", 50, 8)], strategy, "60%")
         with pytest.raises(ConfigError, match=strategy):
             sharding.plan_sharding(tables, 2)
+
+
+def test_what_four_processes_save_one_and_two_go_on_with(tmp_path):
+    folders = {case: tmp_path / case for case in ("low_rank", "full, int4")}
+    saved = run_workers(train_and_save, 4, folders)[0]
+    loaded = run_workers(load_and_answer, 2, folders)
+    for (case, folder), wanted, first, second in zip(folders.items(), saved, *loaded, strict=True):
+        model = model_of(case, 6)
+        assert answers(model) != pytest.approx(wanted, abs=1e-3)
+        embcomp.load_pretrained_(model, folder, verbose=False)
+        assert answers(model) == pytest.approx(wanted, abs=1e-6)
+        model.tables.finalize_()
+        assert answers(model) == pytest.approx(wanted, abs=1e-6)
+        assert first[0] == second[0] == pytest.approx(wanted, abs=1e-6)
+        assert first[1] == pytest.approx(wanted[:1], abs=1e-6)
+        assert second[1] == pytest.approx(wanted[3:6], abs=1e-6)
+        assert (len(first[2]), len(second[2])) == (2, 0)
+
+
+def test_a_process_that_dies_ends_the_others_and_leaves_the_checkpoint_whole(tmp_path):
+    with pytest.raises(RuntimeError, match=r"exit codes .*9|[Cc]onnection|timeout|Gloo"):
+        run_workers(save_and_die, 2, "hash", tmp_path, timeout=10)
+    model = model_of("hash", 6)
+    wanted = answers(model)
+    embcomp.load_pretrained_(model, tmp_path, verbose=False)
+    assert answers(model) == wanted
+
+
+def test_every_process_hears_that_a_checkpoint_was_not_written(tmp_path):
+    (tmp_path / "file").touch()
+    told = run_workers(fail_to_save, 2, "hash", tmp_path / "file" / "folder")
+    assert len(told) == 2
+    assert all("was not saved" in text for text in told)
+
+
+@pytest.mark.parametrize("strategy", ["full", "quantize"])
+def test_bags_that_differ_from_process_to_process(strategy):
+    for wanted, found in run_workers(look_bags_up, 2, strategy):
+        for row, own in zip(found, wanted, strict=True):
+            assert row == pytest.approx(own, abs=1e-6)
+
+
+def test_a_plan_says_the_bytes_of_each_rank_before_anything_is_started():
+    model = model_of("hash", 6)
+    wanted = answers(model)
+    report = sharding.plan_sharding(model, 4, {"group0_rows_genre": "table_wise", "group0_rows_user": "row_wise"})
+    assert answers(model) == wanted
+    parts = [shard for shard in report.shards if shard.table == "group0_rows_user"]
+    assert [shard.rank for shard in parts] == [0, 1, 2, 3]
+    rows = parts[-1].rows[1]
+    assert sum(shard.bytes for shard in parts) == 4 * rows * 8  # six values, filled up to eight
+    assert [shard.sharding for shard in report.shards if shard.table == "group0_rows_genre"] == ["table_wise"]
+    assert sum(report.bytes_per_rank) == sum(s.bytes for s in report.shards) + 4 * report.replicated_bytes
+    text = str(report)
+    assert "rank 3:" in text
+    assert "group0_rows_item" in text
+    copies = sharding.plan_sharding(model_of("hash", 6), 2, "data_parallel")
+    assert {shard.sharding for shard in copies.shards} == {"data_parallel"}
+    assert copies.bytes_per_rank[0] == copies.bytes_per_rank[1]
+
+
+@pytest.mark.parametrize(
+    ("sharding_of", "message"),
+    [
+        ("row_wize", "did you mean 'row_wise'"),
+        ({"user": "row_wise"}, "no stored table 'user'"),
+        ({"group0_rows_user": "data_parallel"}, "are one matrix"),
+    ],
+)
+def test_wrong_ways_of_sharding(sharding_of, message):
+    with pytest.raises(ConfigError, match=message):
+        sharding.plan_sharding(model_of("hash", 6), 2, sharding_of)
+
+
+def test_rows_that_lie_elsewhere_are_not_finalized_or_written():
+    model = sharding.shardable_(model_of("hash", 6))
+    with pytest.raises(IncompatibleStateError, match="save_sharded"):
+        model.tables.finalize_()
+    with pytest.raises(ConfigError, match="torchrun"):
+        sharding.distribute(model)
+    with pytest.raises(ConfigError, match="did you mean 'adagrad'"):
+        sharding.distribute(model, "adagrat")
