@@ -84,7 +84,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         IncompatibleStateError: if it is missing, corrupt, truncated, foreign or from the future.
     """
     config_file = folder / CONFIG
-    content = _read_config(config_file)
+    content = read_config(config_file)
     weights = get(content, "weights", dict, config_file)
     name = get(weights, "file", str, config_file)
     if Path(name).name != name or not name.endswith(".safetensors"):
@@ -114,7 +114,12 @@ def get(content: Any, key: str, kind: type[_Kind], file: Path) -> _Kind:
     return value
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """Read the JSON file of a checkpoint.
+
+    Raises:
+        IncompatibleStateError: if it is missing, corrupt, foreign or from the future.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -177,7 +182,7 @@ def _write_card(file: Path, card: str, temporary: Path) -> None:
 def _named_weights(folder: Path) -> str | None:
     """The weights file of the checkpoint that is about to be replaced."""
     try:
-        return get(get(_read_config(folder / CONFIG), "weights", dict, folder), "file", str, folder)
+        return get(get(read_config(folder / CONFIG), "weights", dict, folder), "file", str, folder)
     except IncompatibleStateError:
         return None
 

@@ -14,15 +14,12 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from embcomp.budget import Plan, plan
-from embcomp.config import StrategyConfig, StrategyEntry, get_strategy, list_strategies, make_config
+from embcomp.config import StrategyConfig, StrategyEntry, get_strategy, list_strategies
 from embcomp.errors import BudgetError, ConfigError
+from embcomp.facts import row_formats, rows_read, smallest_bytes
 from embcomp.memory import format_bytes
 from embcomp.specs import TableSpec
-from embcomp.storage import RowStore
-from embcomp.storage.formats import FLOAT_BITS, INTEGER_BITS
 
 REFERENCE = tuple(
     TableSpec(name, size, 16)
@@ -30,7 +27,6 @@ REFERENCE = tuple(
 )
 """The tables of all figures: a few large ones and some small, as click data have them."""
 BUDGETS = ("50%", "10%", "1%", "0.1%")
-KINDS = (*FLOAT_BITS, *INTEGER_BITS)
 MARK = "<!-- Written by `make docs` from the code: change the docstrings, not this page. -->"
 
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
@@ -121,45 +117,12 @@ def attributes(cls: type) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in zip(pairs[::2], pairs[1::2], strict=True)}
 
 
-def smallest_budget(entry: StrategyEntry) -> int:
-    """Bytes of the smallest form that the reference tables can take with default options."""
-    try:
-        return plan(REFERENCE, entry.config_class(), "1B").report.serve_bytes
-    except BudgetError as error:
-        if error.minimum_bytes is None:
-            raise
-        return error.minimum_bytes
-
-
-def row_formats(name: str) -> str:
-    """The kinds of rows that a strategy's config takes."""
-    taken = [kind for kind in KINDS if _takes(name, kind)]
-    return "all" if len(taken) == len(KINDS) else ", ".join(taken)
-
-
-def rows_read(planned: Plan) -> int:
-    """Stored rows that the lookup of one id of the first table reads."""
-    total = 0
-
-    def count(store: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        nonlocal total
-        total += arguments[0].numel()
-
-    with torch.device("meta"):
-        tables = planned.build("meta")
-    for module in tables.modules():
-        if isinstance(module, RowStore):
-            module.register_forward_pre_hook(count)
-    tables.lookup(torch.zeros(1, dtype=torch.int64, device="meta"), 0)
-    return total
-
-
 # ---- inside ---------------------------------------------------------------------------------------------------------
 
 
 def _overview_row(entry: StrategyEntry) -> list[str]:
     tables, full = entry.tables_class, sum(spec.full_bytes for spec in REFERENCE)
-    smallest, at_ten = smallest_budget(entry), _planned(entry, "10%") or _planned(entry, None)
+    smallest, at_ten = smallest_bytes(REFERENCE, entry.config_class()), _planned(entry, "10%") or _planned(entry, None)
     return [
         f"[`{entry.name}`]({entry.name}.md)",
         markdown(_description(tables).split("\n\n")[0].replace("\n", " ")),
@@ -184,7 +147,7 @@ def _figures(entry: StrategyEntry) -> str:
         serve = planned.report.serve_bytes
         train = [format_bytes(planned.report.train_bytes(name)) for name in ("adam", "rowwise_adagrad")]
         rows.append([budget, f"{format_bytes(serve)} ({_percent(serve, full)})", *train, str(rows_read(planned))])
-    smallest = smallest_budget(entry)
+    smallest = smallest_bytes(REFERENCE, entry.config_class())
     head = ("budget", "to serve", "to train with Adam", "with row-wise Adagrad", "rows read per id")
     return _join(_table(head, rows), f"Smallest budget: {format_bytes(smallest)}, {_percent(smallest, full)}.")
 
@@ -193,17 +156,9 @@ def _figures(entry: StrategyEntry) -> str:
 def _planned(entry: StrategyEntry, budget: str | None) -> Plan | None:
     """The plan for the reference tables, with the smallest budget if None; None where it can't be met."""
     try:
-        return plan(REFERENCE, entry.config_class(), budget or f"{smallest_budget(entry)}B")
+        return plan(REFERENCE, entry.config_class(), budget or f"{smallest_bytes(REFERENCE, entry.config_class())}B")
     except BudgetError:
         return None
-
-
-def _takes(name: str, kind: str) -> bool:
-    try:
-        make_config(name, rows=kind)
-    except ConfigError:
-        return False
-    return True
 
 
 def _split_fields(config_class: type[StrategyConfig]) -> tuple[dict[str, str], dict[str, str]]:

@@ -13,6 +13,7 @@ import pytest
 
 import embcomp
 from embcomp import docs
+from embcomp.facts import rows_read, smallest_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs" / "strategies"
@@ -58,12 +59,11 @@ def test_every_strategy_has_a_page_with_its_docstring_and_all_its_options(pages)
 
 
 def test_figures_are_those_of_a_plan(pages):
-    smallest = embcomp.plan(
-        docs.REFERENCE, "reduced_dim", f"{docs.smallest_budget(embcomp.get_strategy('reduced_dim'))}B"
-    )
+    budget = smallest_bytes(docs.REFERENCE, embcomp.make_config("reduced_dim"))
+    smallest = embcomp.plan(docs.REFERENCE, "reduced_dim", f"{budget}B")
     assert smallest.config.dim == 1
     assert embcomp.format_bytes(smallest.report.serve_bytes) in pages["reduced_dim.md"]
-    assert docs.rows_read(embcomp.plan(docs.REFERENCE, embcomp.HashConfig(num_hashes=3), "10%")) == 3
+    assert rows_read(embcomp.plan(docs.REFERENCE, embcomp.HashConfig(num_hashes=3), "10%")) == 3
 
 
 def test_pages_of_strategies_that_are_gone_are_removed_and_others_kept(tmp_path):

@@ -1,0 +1,5 @@
+"""The command line: ``embcomp plan``, ``embcomp inspect`` and ``embcomp strategies``."""
+
+from embcomp.cli.main import main
+
+__all__ = ["main"]

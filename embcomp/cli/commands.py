@@ -1,0 +1,196 @@
+"""What the commands find out, as JSON values, and the same as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from embcomp._checkpoint import CONFIG, get, read_checkpoint
+from embcomp._restore import saved_groups
+from embcomp.budget import Plan
+from embcomp.cli.sources import matrices, read_specs
+from embcomp.config import config_to_dict, get_strategy, list_strategies, make_config
+from embcomp.errors import BudgetError, SpecError
+from embcomp.facts import can_be_sharded, row_formats, rows_read
+from embcomp.memory import format_bytes, sum_reports
+from embcomp.planning import plan_groups
+from embcomp.reporting import format_rows, table_rows
+from embcomp.specs import TableSpec
+
+Found = dict[str, Any]
+OPTIMIZERS = ("adam", "rowwise_adagrad")
+
+
+def strategies() -> Found:
+    """What every strategy can do."""
+    rows = []
+    for name in list_strategies():
+        tables = get_strategy(name).tables_class
+        rows.append(
+            {
+                "strategy": name,
+                "budget_turns": tables.knob,
+                "finely": tables.knob_is_fine,
+                "rows": row_formats(name),
+                "any_id": tables.takes_any_id,
+                "front": "pareto" in vars(tables),
+                "sharded": can_be_sharded(name),
+            }
+        )
+    return {"strategies": rows}
+
+
+def strategies_text(found: Found) -> str:
+    """Of `strategies`."""
+    head = ("strategy", "the budget turns", "finely", "rows=", "any id", "front of sizes", "can be sharded")
+    lines = [[text if isinstance(text, str) else _yes(text) for text in row.values()] for row in found["strategies"]]
+    return _aligned([head, *lines])
+
+
+def plan_tables(source: Path, budgets: Sequence[str], names: Sequence[str], dim: int | None) -> Found:
+    """Plan the tables of a file with several strategies side by side; nothing is allocated.
+
+    Args:
+        source: see `embcomp.cli.sources`.
+        budgets: asked for.
+        names: of strategies; none for all.
+        dim: D of tables of which the file does not say it.
+    """
+    specs = read_specs(source, dim)
+    groups: dict[int, list[TableSpec]] = {}
+    for spec in specs:
+        groups.setdefault(spec.embedding_dim, []).append(spec)
+    rows = [_planned(name, list(groups.values()), budgets) for name in names or list_strategies()]
+    return {
+        "source": str(source),
+        "tables": [
+            {"table": spec.name, "num_embeddings": spec.num_embeddings, "embedding_dim": spec.embedding_dim}
+            for spec in specs
+        ],
+        "float32_bytes": sum(spec.full_bytes for spec in specs),
+        "strategies": rows,
+    }
+
+
+def plan_text(found: Found) -> str:
+    """Of `plan_tables`."""
+    full = found["float32_bytes"]
+    head = ["strategy", "smallest", "budget", "to serve", "of float32", "rows read", "train: Adam", "row-wise Adagrad"]
+    lines: list[Sequence[str]] = [head]
+    for row in found["strategies"]:
+        for number, own in enumerate(row["budgets"]):
+            names = (row["strategy"], format_bytes(row["smallest_bytes"])) if number == 0 else ("", "")
+            if own["serve_bytes"] is None:
+                lines.append([*names, own["budget"], "too small", "", "", "", ""])
+                continue
+            train = [format_bytes(own["train_bytes"][name]) for name in OPTIMIZERS]
+            share = f"{own['serve_bytes'] / full:.2%}"
+            read = "/".join(map(str, own["rows_read"]))
+            lines.append([*names, own["budget"], format_bytes(own["serve_bytes"]), share, read, *train])
+    number = len(found["tables"])
+    return f"{number} tables of {found['source']}, {format_bytes(full)} as float32\n\n{_aligned(lines)}"
+
+
+def inspect(path: Path) -> Found:
+    """Say what is in a checkpoint, whose weights are read and checked, or in a file of weights."""
+    if path.is_file():
+        found = {name: {"rows": rows, "dim": dim} for name, (rows, dim) in matrices(path).items()}
+        return {
+            "path": str(path),
+            "matrices": found,
+            "float32_bytes": sum(4 * m["rows"] * m["dim"] for m in found.values()),
+        }
+    if not (path / CONFIG).is_file():
+        raise SpecError(f"{path} is no checkpoint, which has a {CONFIG}, and no file of weights")
+    checkpoint = read_checkpoint(path)
+    saved = saved_groups(checkpoint)
+    groups = [group.empty for group in saved]
+    report = sum_reports(group.memory() for group in groups)
+    own = {name for name in checkpoint.tensors if any(group.owns(name) for group in saved)}
+    return {
+        "path": str(path),
+        "embcomp_version": get(checkpoint.content, "embcomp_version", str, checkpoint.config_file),
+        "format_version": get(checkpoint.content, "format_version", int, checkpoint.config_file),
+        "form": "serving" if all(group.is_final for group in groups) else "training",
+        "serve_bytes": report.serve_bytes,
+        "float32_bytes": report.full_bytes,
+        "configs": [_told(config_to_dict(group.config)) for group in groups],
+        "tables": table_rows(groups),
+        "other_tensors": len(checkpoint.tensors) - len(own),
+        "other_bytes": sum(tensor.nbytes for name, tensor in checkpoint.tensors.items() if name not in own),
+    }
+
+
+def inspect_text(found: Found) -> str:
+    """Of `inspect`."""
+    if "matrices" in found:
+        rows = [(name, f"{m['rows']:,}", str(m["dim"])) for name, m in found["matrices"].items()]
+        size = format_bytes(found["float32_bytes"])
+        return (
+            f"{found['path']}: {len(rows)} matrices, {size} as float32\n\n{_aligned([('name', 'rows', 'dim'), *rows])}"
+        )
+    full, serve = found["float32_bytes"], found["serve_bytes"]
+    lines = [
+        f"{found['path']}: written by embcomp {found['embcomp_version']}, format {found['format_version']}, in its "
+        f"{found['form']} form; all bytes are as they were written",
+        f"{format_bytes(full)} of tables, {format_bytes(serve)} to serve ({serve / full:.2%})",
+        "",
+        format_rows(found["tables"]),
+        "",
+        *(", ".join(f"{name}={value!r}" for name, value in config.items()) for config in found["configs"]),
+    ]
+    if found["other_tensors"]:
+        lines.append(f"and {found['other_tensors']} other tensors, {format_bytes(found['other_bytes'])}")
+    return "\n".join(lines)
+
+
+# ---- inside ---------------------------------------------------------------------------------------------------------
+
+
+def _planned(name: str, groups: Sequence[Sequence[TableSpec]], budgets: Sequence[str]) -> Found:
+    config = make_config(name)
+    wanted = [(specs, config) for specs in groups]
+    try:
+        smallest = sum(plan.report.serve_bytes for plan in plan_groups(wanted, "1B"))
+    except BudgetError as error:
+        if error.minimum_bytes is None:
+            raise
+        smallest = error.minimum_bytes
+    found: list[Found] = []
+    for budget in budgets:
+        try:
+            found.append(_at_budget(budget, plan_groups(wanted, budget)))
+        except BudgetError as error:
+            if error.minimum_bytes is None:
+                raise
+            found.append({"budget": budget, "serve_bytes": None, "rows_read": None, "train_bytes": None})
+    return {"strategy": name, "smallest_bytes": smallest, "budgets": found}
+
+
+def _at_budget(budget: str, plans: Sequence[Plan]) -> Found:
+    reports = [plan.report for plan in plans]
+    return {
+        "budget": budget,
+        "serve_bytes": sum(report.serve_bytes for report in reports),
+        "rows_read": [rows_read(plan) for plan in plans],
+        "train_bytes": {name: sum(report.train_bytes(name) for report in reports) for name in OPTIMIZERS},
+    }
+
+
+def _told(config: Mapping[str, Any]) -> Found:
+    """The strategy's name and what of its config is not the default."""
+    name = str(config["strategy"])
+    plain = config_to_dict(make_config(name))
+    return {"strategy": name} | {key: value for key, value in config.items() if value != plain.get(key)}
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )

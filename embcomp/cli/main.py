@@ -1,0 +1,74 @@
+"""Arguments, output and exit codes of the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from embcomp import __version__
+from embcomp.cli import commands, sources
+from embcomp.config import get_strategy
+from embcomp.errors import EmbcompError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: of the command line; None for the process's own.
+
+    Returns:
+        The exit code: 0, or 2 if what was asked for is not possible; the message is on the standard error then.
+    """
+    given = _parser().parse_args(arguments)
+    try:
+        found, text = given.run(given)
+    except EmbcompError as error:
+        print(f"embcomp {given.command}: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(found, indent=1) if given.json else text(found))
+    return 0
+
+
+_Answer = tuple[commands.Found, Callable[[commands.Found], str]]
+
+
+def _plan(given: argparse.Namespace) -> _Answer:
+    for name in given.strategy:
+        get_strategy(name)
+    return commands.plan_tables(given.tables, given.budget, given.strategy, given.dim), commands.plan_text
+
+
+def _inspect(given: argparse.Namespace) -> _Answer:
+    return commands.inspect(given.path), commands.inspect_text
+
+
+def _strategies(given: argparse.Namespace) -> _Answer:
+    return commands.strategies(), commands.strategies_text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("embcomp", description="Compressed embedding tables for PyTorch recommenders.")
+    parser.add_argument("--version", action="version", version=f"embcomp {__version__}")
+    parts = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    plan = parts.add_parser("plan", help="bytes of tables with several strategies, before anything is built")
+    plan.add_argument("tables", type=Path, metavar="TABLES", help=sources.HELP)
+    plan.add_argument("--budget", nargs="+", default=["10%"], help="such as 10%% 64MiB 20x; default: 10%%")
+    plan.add_argument("--strategy", nargs="+", default=[], metavar="NAME", help="default: all")
+    plan.add_argument("--dim", type=int, help="dimension of tables of which TABLES does not say it")
+    plan.set_defaults(run=_plan)
+
+    inspect = parts.add_parser("inspect", help="what is in a checkpoint, checked, or in a file of weights")
+    inspect.add_argument("path", type=Path, help="folder that save_pretrained has written, .safetensors, .npy or .pt")
+    inspect.set_defaults(run=_inspect)
+
+    strategies = parts.add_parser("strategies", help="what every strategy can do")
+    strategies.set_defaults(run=_strategies)
+
+    for part in (plan, inspect, strategies):
+        part.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
+    return parser

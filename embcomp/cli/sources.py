@@ -1,0 +1,160 @@
+"""Files that say which tables there are: lists of tables, vocabularies, weights, and checkpoints."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from embcomp._checkpoint import CONFIG, read_config
+from embcomp.errors import EmbcompError, MissingDependencyError, SpecError
+from embcomp.specs import TableSpec
+
+_SIZE = ("num_embeddings", "size", "vocab_size", "rows")
+_DIM = ("embedding_dim", "dim")
+_NAME = ("table", "name", "field")
+
+HELP = (
+    ".yaml or .json: {dim: 16, tables: {user: 1000000, item: {size: 5000, dim: 8}}}, where a vocabulary (a mapping or "
+    "list of values) may stand for its size; .csv or .tsv with columns table, size and, if you like, dim; "
+    ".safetensors, .npy or .pt with weights; or a folder that save_pretrained has written"
+)
+
+
+def read_specs(path: Path, dim: int | None = None) -> list[TableSpec]:
+    """Read which tables there are.
+
+    Args:
+        path: a file or a folder, see `HELP`.
+        dim: D of tables of which the file does not say it.
+
+    Raises:
+        SpecError: if the file can't be read, or does not describe tables; the message says what it may look like.
+        MissingDependencyError: for YAML without PyYAML.
+    """
+    if path.is_dir():
+        return _of_checkpoint(path)
+    if not path.is_file():
+        raise SpecError(f"{path} does not exist; tables come from {HELP}")
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise SpecError(f"{path}: files that end with {path.suffix!r} are not known; tables come from {HELP}")
+    try:
+        specs = reader(path, dim)
+    except EmbcompError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise SpecError(f"{path} can't be read: {error}; tables come from {HELP}") from error
+    if not specs:
+        raise SpecError(f"{path} describes no table; tables come from {HELP}")
+    return specs
+
+
+def matrices(path: Path) -> dict[str, tuple[int, int]]:
+    """Shapes of the float matrices in a file of weights: name -> ``(V, D)``; nothing else of it is read into memory.
+
+    Raises:
+        SpecError: if the file has none.
+    """
+    if path.suffix == ".npy":
+        found = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False).shape}
+    elif path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    else:
+        state = torch.load(path, map_location="meta", weights_only=True)
+        if not isinstance(state, Mapping):
+            raise SpecError(f"{path} holds a {type(state).__name__}, not a state dict: name -> tensor")
+        found = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
+    shapes = {name: shape for name, shape in found.items() if len(shape) == 2}
+    if not shapes:
+        raise SpecError(f"{path} has no matrix (V, D); it has {', '.join(found) or 'nothing'}")
+    return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
+
+
+def _of_weights(path: Path, dim: int | None) -> list[TableSpec]:
+    return [TableSpec(name, rows, width) for name, (rows, width) in matrices(path).items()]
+
+
+def _of_checkpoint(folder: Path) -> list[TableSpec]:
+    if not (folder / CONFIG).is_file():
+        raise SpecError(f"{folder} is no checkpoint: it has no {CONFIG}; tables come from {HELP}")
+    groups = read_config(folder / CONFIG).get("groups", [])
+    return [TableSpec(**spec) for group in groups for spec in group["specs"]]
+
+
+def _of_json(path: Path, dim: int | None) -> list[TableSpec]:
+    return _of_mapping(json.loads(path.read_text(encoding="utf-8")), path, dim)
+
+
+def _of_yaml(path: Path, dim: int | None) -> list[TableSpec]:
+    try:
+        yaml = importlib.import_module("yaml")
+    except ImportError as error:
+        raise MissingDependencyError(f"{path}: to read YAML, pip install pyyaml; or write it as JSON") from error
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path} is no YAML: {error}") from error
+    return _of_mapping(content, path, dim)
+
+
+def _of_mapping(content: Any, path: Path, dim: int | None) -> list[TableSpec]:
+    if isinstance(content, dict) and isinstance(content.get("tables"), dict):
+        dim = _first(content, _DIM, dim)
+        content = content["tables"]
+    if not isinstance(content, dict):
+        raise SpecError(f"{path} must be a mapping of tables, not a {type(content).__name__}; tables come from {HELP}")
+    return [_spec(str(name), value, dim, path) for name, value in content.items()]
+
+
+def _spec(name: str, value: Any, dim: int | None, path: Path) -> TableSpec:
+    if isinstance(value, Mapping) and (size := _first(value, _SIZE)) is not None:
+        padding = value.get("padding_idx")
+        return TableSpec(name, size, _dim(_first(value, _DIM, dim), name, path), padding)
+    size = len(value) if isinstance(value, Mapping | list) else value
+    return TableSpec(name, size, _dim(dim, name, path))
+
+
+def _of_columns(path: Path, dim: int | None) -> list[TableSpec]:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        known = rows.fieldnames or []
+        if not any(name in known for name in _NAME) or not any(name in known for name in _SIZE):
+            raise SpecError(f"{path} has columns {', '.join(known) or 'none'}; it needs table and size")
+        specs = []
+        for row in rows:
+            name, own = str(_first(row, _NAME)), _first(row, _DIM) or dim
+            specs.append(TableSpec(name, int(_first(row, _SIZE)), _dim(own, name, path)))
+        return specs
+
+
+def _dim(dim: Any, name: str, path: Path) -> int:
+    if dim is None:
+        raise SpecError(f"{path} does not say the dimension of table {name!r}: give --dim, or write it there")
+    return int(dim)
+
+
+def _first(values: Mapping[str, Any], names: tuple[str, ...], default: Any = None) -> Any:
+    return next((values[name] for name in names if values.get(name) not in (None, "")), default)
+
+
+_READERS: dict[str, Callable[[Path, int | None], list[TableSpec]]] = {
+    ".json": _of_json,
+    ".yaml": _of_yaml,
+    ".yml": _of_yaml,
+    ".csv": _of_columns,
+    ".tsv": _of_columns,
+    ".safetensors": _of_weights,
+    ".npy": _of_weights,
+    ".pt": _of_weights,
+    ".pth": _of_weights,
+}

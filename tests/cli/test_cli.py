@@ -1,0 +1,189 @@
+"""The command line as people use it: sources of all kinds, text and JSON, errors and exit codes."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import embcomp
+from embcomp.cli import main
+from embcomp.cli.sources import read_specs
+from embcomp.errors import SpecError
+
+
+def run(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def write(folder, name, text):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+SOURCES = {
+    "t.yaml": "dim: 16\ntables:\n  user: 1000\n  item: {size: 50, dim: 8, padding_idx: 0}\n  country: [de, fr]\n",
+    "t.json": '{"user": 1000, "item": {"vocab_size": 50, "dim": 8, "padding_idx": 0}, "country": {"de": 0, "fr": 1}}',
+    "t.tsv": "field\tvocab_size\tdim\nuser\t1000\t16\nitem\t50\t8\ncountry\t2\t\n",
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_lists_of_tables_are_read(tmp_path, name):
+    specs = read_specs(write(tmp_path, name, SOURCES[name]), dim=16)
+    assert [(spec.name, spec.num_embeddings, spec.embedding_dim) for spec in specs] == [
+        ("user", 1000, 16),
+        ("item", 50, 8),
+        ("country", 2, 16),
+    ]
+    assert specs[1].padding_idx == (None if name.endswith("tsv") else 0)
+
+
+def test_weights_are_read(tmp_path):
+    weights = {"a.weight": torch.zeros(30, 4), "b.weight": torch.zeros(20, 6), "bias": torch.zeros(4)}
+    save_file(weights, tmp_path / "w.safetensors")
+    torch.save(weights, tmp_path / "w.pt")
+    np.save(tmp_path / "w.npy", np.zeros((30, 4), np.float32))
+    wanted = [("a.weight", 30, 4), ("b.weight", 20, 6)]
+    for name in ("w.safetensors", "w.pt"):
+        specs = read_specs(tmp_path / name)
+        assert [(spec.name, spec.num_embeddings, spec.embedding_dim) for spec in specs] == wanted
+    (spec,) = read_specs(tmp_path / "w.npy")
+    assert (spec.name, spec.num_embeddings) == ("w", 30)
+
+
+def test_plan_puts_strategies_side_by_side(tmp_path, capsys):
+    path = write(tmp_path, "t.yaml", SOURCES["t.yaml"])
+    code, text, _ = run(capsys, "plan", path, "--budget", "20%", "2%", "--strategy", "hash", "low_rank", "full")
+    assert code == 0
+    lines = text.splitlines()
+    assert lines[0] == f"3 tables of {path}, 64.19 KiB as float32"
+    assert lines[3].split()[:2] == ["hash", "160"]
+    assert "too small" in text
+    code, text, _ = run(capsys, "plan", path, "--budget", "20%", "--strategy", "hash", "--json")
+    found = json.loads(text)
+    (row,) = found["strategies"]
+    (own,) = row["budgets"]
+    assert own["serve_bytes"] <= 0.2 * found["float32_bytes"] < 1.1 * own["serve_bytes"]
+    assert own["rows_read"] == [1, 1]
+    assert own["train_bytes"]["adam"] == 4 * own["serve_bytes"]
+    groups = [([s for s in read_specs(path) if s.embedding_dim == dim], "hash") for dim in (16, 8)]
+    assert own["serve_bytes"] == sum(p.report.serve_bytes for p in embcomp.plan_groups(groups, "20%"))
+
+
+def test_plan_knows_all_strategies(tmp_path, capsys):
+    code, text, _ = run(capsys, "plan", write(tmp_path, "t.json", '{"user": 3000}'), "--dim", "8", "--json")
+    assert code == 0
+    rows = json.loads(text)["strategies"]
+    assert [row["strategy"] for row in rows] == embcomp.list_strategies()
+    for row in rows:
+        for own in row["budgets"]:
+            assert own["serve_bytes"] is None or row["smallest_bytes"] <= own["serve_bytes"] <= 9600
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = nn.ModuleDict({"user": nn.Embedding(1000, 8), "out": nn.Linear(8, 1)})
+    handle = embcomp.compress_(model, embcomp.HashConfig(unseen="hash"), "25%", verbose=False)
+    handle.finalize_()
+    return embcomp.save_pretrained(handle, tmp_path / "saved")
+
+
+def test_inspect_tells_what_is_in_a_checkpoint(saved, capsys):
+    code, text, _ = run(capsys, "inspect", saved)
+    assert code == 0
+    assert "serving form" in text
+    assert "unseen='hash'" in text
+    assert "31.25 KiB of tables, 7.81 KiB to serve (25.00%)" in text
+    assert "and 2 other tensors, 36 B" in text
+    found = json.loads(run(capsys, "inspect", saved, "--json")[1])
+    assert found["serve_bytes"] == 8000
+    assert found["tables"][0]["table"] == "user"
+    assert read_specs(saved)[0].num_embeddings == 1000
+
+
+def test_inspect_tells_a_damaged_checkpoint(saved, capsys):
+    (weights,) = saved.glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    code, text, error = run(capsys, "inspect", saved)
+    assert (code, text) == (2, "")
+    assert "SHA-256" in error
+
+
+def test_inspect_tells_matrices(tmp_path, capsys):
+    save_file({"a": torch.zeros(30, 4)}, tmp_path / "w.safetensors")
+    code, text, _ = run(capsys, "inspect", tmp_path / "w.safetensors")
+    assert code == 0
+    assert text.splitlines()[-1].split() == ["a", "30", "4"]
+
+
+def test_strategies_lists_what_each_can(capsys):
+    code, text, _ = run(capsys, "strategies")
+    assert code == 0
+    assert [line.split()[0] for line in text.splitlines()[1:]] == embcomp.list_strategies()
+    rows = {row["strategy"]: row for row in json.loads(run(capsys, "strategies", "--json")[1])["strategies"]}
+    assert [name for name, row in rows.items() if row["front"]] == ["nested"]
+    assert [name for name, row in rows.items() if row["any_id"]] == ["hash", "unified"]
+    assert [name for name, row in rows.items() if not row["sharded"]] == ["magnitude", "nested", "optembed"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.yaml", "tables: {user: [", "no YAML"),
+        ("t.json", "[1, 2]", "must be a mapping"),
+        ("t.json", "{", "can't be read"),
+        ("t.json", '{"user": -3}', "user"),
+        ("t.json", '{"user": "many"}', "user"),
+        ("t.csv", "name,dim\nuser,3\n", "needs table and size"),
+        ("t.csv", "name,size\nuser,3\n", "does not say the dimension of table 'user'"),
+        ("t.npy", "no numbers", "can't be read"),
+        ("t.safetensors", "no tensors", "can't be read"),
+        ("t.pt", "no pickle", "can't be read"),
+        ("t.xls", "", "not known"),
+        ("t.json", "{}", "no table"),
+    ],
+)
+def test_wrong_sources_are_errors_that_say_what_would_be_right(tmp_path, capsys, name, content, message):
+    path = write(tmp_path, name, content)
+    dim = ("--dim", "16") if name == "t.json" else ()
+    code, text, error = run(capsys, "plan", path, *dim)
+    assert (code, text) == (2, "")
+    assert message in error
+    assert str(path) in error or "user" in error
+
+
+def test_code_in_a_pickle_is_not_run(tmp_path):
+    torch.save({"a": print}, tmp_path / "w.pt")
+    with pytest.raises(SpecError, match=r"w\.pt can't be read"):
+        read_specs(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("arguments", [("plan", "/nowhere"), ("inspect", "/nowhere"), ("inspect", ".")])
+def test_what_is_not_there_is_an_error(arguments, capsys):
+    code, _, error = run(capsys, *arguments)
+    assert code == 2
+    assert arguments[1] in error
+
+
+def test_unknown_strategies_and_budgets_are_errors(tmp_path, capsys):
+    path = write(tmp_path, "t.yaml", SOURCES["t.yaml"])
+    assert "did you mean 'hash'" in run(capsys, "plan", path, "--strategy", "hesh")[2]
+    assert "lots" in run(capsys, "plan", path, "--budget", "lots")[2]
+
+
+def test_it_runs_as_a_module_and_says_what_it_can():
+    done = subprocess.run([sys.executable, "-m", "embcomp.cli", "--help"], capture_output=True, text=True, check=True)
+    assert all(word in done.stdout for word in ("plan", "inspect", "strategies"))
+    assert (
+        subprocess.run([sys.executable, "-m", "embcomp.cli", "plane"], capture_output=True, check=False).returncode == 2
+    )
