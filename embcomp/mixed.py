@@ -15,6 +15,7 @@ from embcomp.config import StrategyConfig
 from embcomp.errors import ConfigError
 from embcomp.memory import MemoryReport
 from embcomp.specs import TableSpec
+from embcomp.storage import RowStore
 from embcomp.stretches import Stretch
 from embcomp.tables import EmbeddingTables
 
@@ -112,6 +113,11 @@ class MixedTables(EmbeddingTables):
         if _is_eager(ids):
             return self._lookup_chosen(ids - start, part, local)
         return self._lookup_masked(ids - start, part, local, by_column=table is None)
+
+    def stored_rows(self, ids: Tensor, table: Tensor | int | None) -> tuple[RowStore, Tensor] | None:
+        if len(self.parts) > 1 or self._is_cut or not self._in_order:
+            return None
+        return self.parts[0].stored_rows(ids, table)
 
     def stretches(self, index: int, queries: Tensor) -> list[Stretch]:
         found, stop = [], self.specs[index].num_embeddings

@@ -68,8 +68,9 @@ class EmbeddingTables(nn.Module):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "lookup" in vars(cls) and "stretches" not in vars(cls):
-            cls.stretches = EmbeddingTables.stretches  # type: ignore[method-assign]  # those inherited score other vectors
+        for name in ("stretches", "stored_rows"):  # those inherited are of other vectors
+            if "lookup" in vars(cls) and name not in vars(cls):
+                setattr(cls, name, getattr(EmbeddingTables, name))
 
     def __init__(
         self, specs: Sequence[TableSpec], config: StrategyConfig, counts: Mapping[str, Tensor] | None = None
@@ -106,6 +107,13 @@ class EmbeddingTables(nn.Module):
             float32 ``(..., D)``.
         """
         raise NotImplementedError
+
+    def stored_rows(self, ids: Tensor, table: Tensor | int | None) -> tuple[RowStore, Tensor] | None:
+        """Where vectors are stored rows and nothing else: the store, and the row of each id, int64 ``(...)``.
+
+        Arguments are those of `lookup`. None where vectors are composed.
+        """
+        return None
 
     def stretches(self, index: int, queries: Tensor) -> list[Stretch]:
         """Say how the ids of a table are scored; for strategies that need not compose every vector to do so.
@@ -268,10 +276,14 @@ class EmbeddingTables(nn.Module):
         """
         bounds = bag_bounds(ids, offsets, include_last_offset)
         check_pooling(ids, per_sample_weights, mode)
+        weights = None if per_sample_weights is None else per_sample_weights.reshape(-1).to(torch.float32)
+        is_pooled = weights is None and are_single(bounds, ids.numel())
+        if not is_pooled and (pooled := self._bag_rows(ids, table, bounds, mode, weights)) is not None:
+            return pooled
         vectors = self(ids, table).reshape(-1, self.embedding_dim)
-        number = vectors.shape[0]
-        if per_sample_weights is None and are_single(bounds, number):
+        if is_pooled:
             return vectors
+        number = vectors.shape[0]
         position = torch.arange(number, device=ids.device)
         padding = None if mode == "sum" else self._bag_padding(ids, table)  # sums don't see zeros
         padding_idx = None
@@ -280,13 +292,12 @@ class EmbeddingTables(nn.Module):
             position = torch.where(padding.reshape(-1), padding_idx, position)
         if padding is not None or number == 0:
             vectors = torch.cat([vectors, vectors.new_zeros(1, self.embedding_dim)])
-        weights = None if per_sample_weights is None else per_sample_weights.reshape(-1).to(vectors.dtype)
         return F.embedding_bag(
             position,
             vectors,
             bounds,
             mode=mode,
-            per_sample_weights=weights,
+            per_sample_weights=None if weights is None else weights.to(vectors.dtype),
             include_last_offset=True,
             padding_idx=padding_idx,
         )
@@ -502,6 +513,17 @@ class EmbeddingTables(nn.Module):
                 f"tables {self._some_names()}; say table= for ids of one table"
             )
         return ids, None
+
+    def _bag_rows(
+        self, ids: Tensor, table: Tensor | int | str | None, bounds: Tensor, mode: str, weights: Tensor | None
+    ) -> Tensor | None:
+        """Pool stored rows as they are read, where vectors are nothing else and none is blank."""
+        if type(self).stored_rows is EmbeddingTables.stored_rows:
+            return None
+        ids, column = self._checked(ids, table)
+        ids, blank = self._apply_unseen(ids, column)
+        found = None if blank is not None else self.stored_rows(ids, column)
+        return None if found is None else found[0].pool(found[1].reshape(-1), bounds, mode, weights)
 
     def _apply_unseen(self, ids: Tensor, table: Tensor | int | None) -> tuple[Tensor, Tensor | None]:
         """Bring ids into range by the policy; also say which vectors must be zero (None: no vector)."""

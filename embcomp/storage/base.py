@@ -48,6 +48,20 @@ class RowStore(nn.Module):
         """
         raise NotImplementedError
 
+    def pool(self, rows: Tensor, bounds: Tensor, mode: str, weights: Tensor | None = None) -> Tensor | None:
+        """Look rows up and pool them in one, where that spares to write them down.
+
+        Args:
+            rows: int64 ``(N,)``.
+            bounds: int64 ``(B + 1,)``: bag b is ``[bounds[b], bounds[b + 1])``.
+            mode: ``sum``, ``mean`` or ``max``.
+            weights: float32 ``(N,)``, for sums.
+
+        Returns:
+            float32 ``(B, d)``, or None where the store can't.
+        """
+        return None
+
     def consecutive(self, start: int, stop: int, segment: Segment = None) -> Tensor:
         """Look up the rows ``start``, …, ``stop - 1``, where it can be without a copy: nobody may write to the result.
 

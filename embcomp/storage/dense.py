@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embcomp.storage.base import MatrixRows, RowStore, Segment
@@ -42,6 +43,21 @@ class DenseRows(MatrixRows):
 
     def forward(self, rows: Tensor, segment: Segment = None) -> Tensor:
         return self._rounded(self.read(rows, segment))
+
+    def pool(self, rows: Tensor, bounds: Tensor, mode: str, weights: Tensor | None = None) -> Tensor | None:
+        if self.elsewhere is not None or (mode == "max" and self.sparse):
+            return None
+        if self.serve_dtype != torch.float32 or self.weight.dtype != torch.float32:
+            return None
+        return F.embedding_bag(
+            rows,
+            self.weight,
+            bounds,
+            mode=mode,
+            sparse=self.sparse,
+            per_sample_weights=weights,
+            include_last_offset=True,
+        )
 
     def consecutive(self, start: int, stop: int, segment: Segment = None) -> Tensor:
         slices_cost = self.sparse and torch.is_grad_enabled() and self.weight.requires_grad  # their gradient is dense

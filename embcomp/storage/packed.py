@@ -95,6 +95,12 @@ class PackedRows(RowStore):
             return self._lookup_in_blocks(rows, segment)
         return self._lookup_packed(rows, segment)
 
+    def pool(self, rows: Tensor, bounds: Tensor, mode: str, weights: Tensor | None = None) -> Tensor | None:
+        if not (self.fused and mode == "sum" and self.codes.is_cpu) or torch.compiler.is_compiling():
+            return None
+        found: Tensor = _KERNELS[self.bits](self.codes, rows, bounds, False, 0, False, weights, None, True)
+        return found
+
     def serve_bytes(self) -> list[int]:
         return size_of_segments(self.segments, self.dim, self.row_format)
 

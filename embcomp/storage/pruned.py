@@ -71,8 +71,12 @@ class PrunedRows(RowStore):
             return vectors
         return torch.where(packing.gather(mask, rows, self.dim, 1).bool(), vectors, 0.0)
 
+    # Neither gives the rows as they are, which those of a plain store do.
+    def pool(self, rows: Tensor, bounds: Tensor, mode: str, weights: Tensor | None = None) -> Tensor | None:
+        return RowStore.pool(self, rows, bounds, mode, weights)
+
     def consecutive(self, start: int, stop: int, segment: Segment = None) -> Tensor:
-        return RowStore.consecutive(self, start, stop, segment)  # not the rows as they are, which a plain store gives
+        return RowStore.consecutive(self, start, stop, segment)
 
     def train(self, mode: bool = True) -> Self:
         """Switch between training and evaluation."""

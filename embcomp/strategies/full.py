@@ -11,7 +11,7 @@ from torch import Tensor
 
 from embcomp.config import StrategyConfig, register_strategy
 from embcomp.specs import Knowledge, TableSpec
-from embcomp.storage import make_row_store
+from embcomp.storage import RowStore, make_row_store
 from embcomp.stretches import Stretch
 from embcomp.tables import EmbeddingTables
 
@@ -43,6 +43,9 @@ class FullTables(EmbeddingTables):
 
     def lookup(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
         return self.rows(ids + self.pick(self._starts, table), table)
+
+    def stored_rows(self, ids: Tensor, table: Tensor | int | None) -> tuple[RowStore, Tensor]:
+        return self.rows, ids + self.pick(self._starts, table)
 
     def stretches(self, index: int, queries: Tensor) -> list[Stretch]:
         ids = range(self.specs[index].num_embeddings)

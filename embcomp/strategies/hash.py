@@ -14,7 +14,7 @@ from embcomp.config import StrategyConfig, check_at_least, check_choice, registe
 from embcomp.errors import ConfigError
 from embcomp.hashing import check_range, hash_seed, hash_to_range
 from embcomp.specs import Knowledge, TableSpec
-from embcomp.storage import make_row_store
+from embcomp.storage import RowStore, make_row_store
 from embcomp.strategies._allocation import allocate_rows, check_table_names
 from embcomp.strategies._fitting import fit_importance, fit_summed_rows, shared_means
 from embcomp.strategies._hash_sizes import importance_format, largest_rows, rows_worth, smallest_rows, width_of
@@ -131,6 +131,11 @@ class HashTables(EmbeddingTables):
         if self._scales is not None:
             vectors = vectors.mul_(self.pick(self._scales, table))
         return vectors
+
+    def stored_rows(self, ids: Tensor, table: Tensor | int | None) -> tuple[RowStore, Tensor] | None:
+        if self.num_hashes > 1 or self.combine != "sum" or self._scales is not None:
+            return None
+        return self.rows, self._rows_of(ids, table, 0, self._owns("rows", ids, table))
 
     def _weighted(self, ids: Tensor, table: Tensor | int | None, own: Tensor | bool) -> Tensor:
         importance = self.importance(self._buckets_of(ids, table), table)
