@@ -16,7 +16,7 @@ def fuse_collections(model: nn.Module) -> tuple[nn.Module, list[str]]:
     Returns:
         the model, or its replacement where it is a collection itself, and a line for people on each collection.
     """
-    if "torchrec" not in sys.modules:  # then no module can be one of its
+    if sys.modules.get("torchrec") is None:  # then no module can be one of its
         return model, []
     from embcomp.integrations.torchrec import fuse
 

@@ -11,21 +11,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig, EmbeddingConfig
-from torchrec.modules.embedding_modules import (
-    EmbeddingBagCollection,
-    EmbeddingBagCollectionInterface,
-    EmbeddingCollection,
-    EmbeddingCollectionInterface,
-    get_embedding_names_by_table,
-)
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
-from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from embcomp.errors import InputError
+from embcomp.integrations.versions import torchrec_error
 from embcomp.sites import GROUPS, put
 from embcomp.tables import EmbeddingTables
 from embcomp.views import EmbeddingBagView, EmbeddingView, TableView
+
+try:
+    from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig, EmbeddingConfig
+    from torchrec.modules.embedding_modules import (
+        EmbeddingBagCollection,
+        EmbeddingBagCollectionInterface,
+        EmbeddingCollection,
+        EmbeddingCollectionInterface,
+        get_embedding_names_by_table,
+    )
+    from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+    from torchrec.sparse.tensor_dict import maybe_td_to_kjt
+except (ImportError, OSError) as error:
+    raise torchrec_error(error) from error
 
 COLLECTIONS = (EmbeddingBagCollection, EmbeddingCollection)
 
