@@ -44,9 +44,12 @@ def save_pretrained(module: nn.Module | Compression, folder: str | Path) -> Path
 
     Raises:
         NoMatchingTableError: if there are no compressed tables in the model.
-        IncompatibleStateError: if something in the state is no tensor with values, so that it can't be saved.
+        IncompatibleStateError: if something in the state is no tensor with values, so that it can't be saved, or rows
+            lie in several processes.
     """
     model = module.model if isinstance(module, Compression) else module
+    if any(tables.is_sharded for tables in find_groups(model).values()):
+        raise IncompatibleStateError("rows of these tables lie in several processes: use save_sharded in all of them")
     return write_pretrained(model, folder, model.state_dict())
 
 

@@ -66,17 +66,17 @@ class ShardableRows(nn.Module):
     """Rows of a store as tables of an ``EmbeddingCollection``, one per segment; TorchRec shards the collection.
 
     Args:
-        store: whose ``weight`` is taken over.
+        store: what kind of rows they are.
+        weight: the rows, float32 ``(R, d)``, which are copied.
         names: of the segments, unique in the model.
     """
 
     _starts: Tensor
 
-    def __init__(self, store: MatrixRows, names: list[str]) -> None:
+    def __init__(self, store: MatrixRows, weight: Tensor, names: list[str]) -> None:
         super().__init__()
         self.dim, self.segments, self.names = store.dim, store.segments, names
         self.width = -(-store.dim // _ALIGNMENT) * _ALIGNMENT
-        weight = store.weight
         configs = [
             EmbeddingConfig(name=name, embedding_dim=self.width, num_embeddings=rows, feature_names=[name])
             for name, rows in zip(names, store.segments, strict=True)
@@ -84,7 +84,7 @@ class ShardableRows(nn.Module):
         self.collection = EmbeddingCollection(configs, device=weight.device)  # on meta, TorchRec would draw them anew
         for name, rows in zip(names, weight.detach().split(list(store.segments)), strict=True):
             padded = nn.functional.pad(rows, (0, self.width - self.dim)) if self.width > self.dim else rows.clone()
-            self.collection.embeddings[name].weight = nn.Parameter(padded, requires_grad=weight.requires_grad)
+            self.collection.embeddings[name].weight = nn.Parameter(padded)
         self.register_buffer("_starts", torch.tensor(store.starts(), device=weight.device), persistent=False)
 
     def forward(self, rows: Tensor, segment: Segment) -> Tensor:
@@ -125,9 +125,9 @@ def shardable_(model: nn.Module, replicated: Collection[str] = ()) -> nn.Module:
     groups = groups_of(model)
     for tables in groups:
         _check_shardable(tables)
-    for store, names in list(_stores(model)):
+    for _, store, names in _stores(model):
         if store.elsewhere is None and not set(names) <= set(replicated):
-            rows = ShardableRows(store, names)
+            rows = ShardableRows(store, store.weight, names)
             del store.weight
             store.elsewhere = rows
     for tables in groups:
@@ -139,7 +139,7 @@ def shardable_(model: nn.Module, replicated: Collection[str] = ()) -> nn.Module:
 
 def stored_tables(model: nn.Module) -> list[str]:
     """Names of the tables of stored rows, by which `plan_sharding` and `distribute` are told how to shard which."""
-    return [name for _, names in _stores(model) for name in names]
+    return [name for _, _, names in _stores(model) for name in names]
 
 
 @dataclass(frozen=True)
@@ -203,10 +203,10 @@ def plan_sharding(
     device: str = "cpu",
     local_world_size: int | None = None,
 ) -> ShardingReport:
-    """Let TorchRec's planner place the rows of compressed tables; nothing is started, and no process group is needed.
+    """Let TorchRec's planner place the rows of compressed tables; nothing is started, and the model stays as it is.
 
     Args:
-        model: with compressed tables; `shardable_` is called for it.
+        model: with compressed tables, which may be on ``meta``.
         world_size: number of processes.
         sharding: one of `SHARDINGS` for all tables, or name of `stored_tables` -> one of them; the planner chooses for
             the others, ``"data_parallel"`` aside.
@@ -216,10 +216,12 @@ def plan_sharding(
     Raises:
         ConfigError: as `shardable_`, and for an unknown way of sharding or name of a table.
     """
+    for tables in groups_of(model):
+        _check_shardable(tables)
     wanted = _wanted(model, sharding)
-    shardable_(model, _replicated(wanted))
     planner = _planner(wanted, world_size, local_world_size or world_size, device)
-    return _reported(model, planner.plan(model, [EmbeddingCollectionSharder()]), world_size)
+    skeleton = _skeleton(model, _replicated(wanted))
+    return _reported(model, planner.plan(skeleton, [EmbeddingCollectionSharder()]), world_size, _replicated(wanted))
 
 
 def distribute(
@@ -262,7 +264,7 @@ def distribute(
     assert group is not None
     wanted = _wanted(model, sharding)
     shardable_(model, _replicated(wanted))
-    for store, _ in _stores(model):
+    for _, store, _ in _stores(model):
         store.processes, rows = group.size(), store.elsewhere
         if isinstance(rows, ShardableRows):
             rate = learning_rate
@@ -327,16 +329,48 @@ def _check_shardable(tables: EmbeddingTables) -> None:
     if tables.is_final:
         raise IncompatibleStateError(f"tables {some} are finalized: serve them, or load the training form")
     stores = [module for module in tables.modules() if isinstance(module, MatrixRows)]
-    if not stores or any(store.elsewhere is None and store.weight.dtype != torch.float32 for store in stores):
+    here = [store for store in stores if store.elsewhere is None]
+    if any(not store.weight.requires_grad for store in here):
+        raise ConfigError(f"tables {some} are frozen: leave them out of compress_, or unfreeze them")
+    if not stores or any(store.weight.dtype != torch.float32 for store in here):
         raise ConfigError(f"tables {some} train rows={tables.config.rows!r}, not float32: take a format without 'pure'")
 
 
-def _stores(model: nn.Module) -> Iterator[tuple[MatrixRows, list[str]]]:
-    """Every store of rows, and the names of its segments."""
-    for index, tables in enumerate(find_groups(model).values()):
+def _stores(model: nn.Module) -> list[tuple[str, MatrixRows, list[str]]]:
+    """Path of every store of rows, the store, and the names of its segments."""
+    found: list[tuple[str, MatrixRows, list[str]]] = []
+    known: set[str] = set()
+    for index, (prefix, tables) in enumerate(find_groups(model).items()):
         for path, module in tables.named_modules():
             if isinstance(module, MatrixRows):
-                yield module, _names(tables, index, path, len(module.segments))
+                names = [_unique(name, known) for name in _names(tables, index, path, len(module.segments))]
+                found.append((f"{prefix}{path}", module, names))
+    return found
+
+
+def _unique(name: str, known: set[str]) -> str:
+    number, own = 1, name
+    while own in known:
+        number += 1
+        own = f"{name}_{number}"
+    known.add(own)
+    return own
+
+
+def _skeleton(model: nn.Module, replicated: Collection[str]) -> nn.Module:
+    """The rows that will be sharded, on ``meta``, in their places."""
+    skeleton = nn.Module()
+    for path, store, names in _stores(model):
+        if set(names) <= set(replicated):
+            continue
+        owner = skeleton
+        for name in path.split("."):
+            if not hasattr(owner, name):
+                owner.add_module(name, nn.Module())
+            owner = owner.get_submodule(name)
+        weight = torch.empty(store.num_rows, store.dim, device="meta")
+        owner.add_module("elsewhere", ShardableRows(store, weight, names))
+    return skeleton
 
 
 def _names(tables: EmbeddingTables, group: int, store: str, segments: int) -> list[str]:
@@ -355,7 +389,7 @@ def _wanted(model: nn.Module, sharding: str | Mapping[str, str] | None) -> dict[
             raise ConfigError(f"sharding: no stored table {name!r}; {did_you_mean(name, names)}")
         if kind not in SHARDINGS:
             raise ConfigError(f"sharding of {name!r}: {kind!r}; {did_you_mean(str(kind), SHARDINGS)}")
-    for _, own in _stores(model):
+    for _, _, own in _stores(model):
         kept = [name for name in own if given.get(name) == REPLICATED]
         if kept and len(kept) < len(own):
             raise ConfigError(
@@ -385,19 +419,21 @@ def _local_world_size(group: dist.ProcessGroup) -> int:
     return min(group.size(), int(os.environ.get("LOCAL_WORLD_SIZE", group.size())))
 
 
-def _reported(model: nn.Module, plan: ShardingPlan, world_size: int) -> ShardingReport:
+def _reported(model: nn.Module, plan: ShardingPlan, world_size: int, replicated: Collection[str]) -> ShardingReport:
     shards = []
     for tables in plan.plan.values():
         for name, parameter in tables.items():
             for rank, rows, columns in map(_place, parameter.sharding_spec.shards):
                 size = 4 * (rows[1] - rows[0]) * (columns[1] - columns[0])
                 shards.append(Shard(name, parameter.sharding_type, rank, rows, columns, size))
-    for store, names in _stores(model):
-        if store.elsewhere is None:
-            for name, number in zip(names, store.segments, strict=True):
+    for _, store, names in _stores(model):
+        for name, number in zip(names, store.segments, strict=True):
+            if name in replicated:
                 whole = (0, number), (0, store.dim), 4 * number * store.dim
                 shards += [Shard(name, REPLICATED, rank, *whole) for rank in range(world_size)]
-    stored = {id(p) for store, _ in _stores(model) for p in store.parameters()}
+    homes = [store.elsewhere for _, store, _ in _stores(model)]
+    stored = {id(p) for home in homes if home is not None for p in home.parameters()}
+    stored |= {id(store.weight) for _, store, _ in _stores(model) if store.elsewhere is None}
     rest = [t for g in find_groups(model).values() for t in (*g.parameters(), *g.buffers()) if id(t) not in stored]
     return ShardingReport(plan, world_size, tuple(shards), sum(tensor.nbytes for tensor in rest))
 

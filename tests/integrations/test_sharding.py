@@ -1,6 +1,7 @@
 """Compressed tables in several processes: the losses of one process, whatever the way of sharding."""
 
 import pytest
+import torch
 
 import embcomp
 from embcomp import ConfigError, IncompatibleStateError, TableSpec
@@ -95,6 +96,7 @@ def test_a_plan_says_the_bytes_of_each_rank_before_anything_is_started():
     model = model_of("hash", 6)
     wanted = answers(model)
     report = sharding.plan_sharding(model, 4, {"group0_rows_genre": "table_wise", "group0_rows_user": "row_wise"})
+    model.tables.finalize()  # it is what it was
     assert answers(model) == wanted
     parts = [shard for shard in report.shards if shard.table == "group0_rows_user"]
     assert [shard.rank for shard in parts] == [0, 1, 2, 3]
@@ -123,8 +125,26 @@ def test_wrong_ways_of_sharding(sharding_of, message):
         sharding.plan_sharding(model_of("hash", 6), 2, sharding_of)
 
 
-def test_rows_that_lie_elsewhere_are_not_finalized_or_written():
+def test_stored_tables_have_names_of_their_own():
+    specs = [TableSpec("a.b", 50, 8), TableSpec("a_b", 40, 8)]
+    tables = embcomp.build_tables(specs)
+    assert sharding.stored_tables(tables) == ["group0_rows_a_b", "group0_rows_a_b_2"]
+    assert len(sharding.plan_sharding(tables, 1).shards) == 2
+    ids = torch.stack([torch.arange(40), torch.arange(40)], dim=1)
+    wanted = tables(ids)
+    assert torch.equal(sharding.shardable_(tables)(ids), wanted)
+
+
+def test_frozen_tables_are_refused():
+    tables = embcomp.build_tables([TableSpec("a", 50, 8)]).requires_grad_(False)
+    with pytest.raises(ConfigError, match="frozen"):
+        sharding.shardable_(tables)
+
+
+def test_rows_that_lie_elsewhere_are_not_finalized_or_written(tmp_path):
     model = sharding.shardable_(model_of("hash", 6))
+    with pytest.raises(IncompatibleStateError, match="save_sharded"):
+        embcomp.save_pretrained(model, tmp_path)
     with pytest.raises(IncompatibleStateError, match="save_sharded"):
         model.tables.finalize_()
     with pytest.raises(ConfigError, match="torchrun"):
