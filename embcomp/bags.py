@@ -46,8 +46,8 @@ def bag_bounds(ids: Tensor, offsets: Tensor | None, include_last_offset: bool) -
 
 def are_single(bounds: Tensor, num_ids: int) -> bool:
     """Whether every bag has one id, so that there is nothing to pool; False where looking would wait for a device."""
-    if len(bounds) != num_ids + 1 or bounds.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
+    if torch.compiler.is_compiling() or bounds.device.type != "cpu" or len(bounds) != num_ids + 1:
+        return False  # a graph must not depend on whether there happen to be as many bags as ids
     return bool((bounds == torch.arange(num_ids + 1)).all())
 
 
