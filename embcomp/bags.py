@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from embcomp.errors import InputError, did_you_mean
@@ -49,6 +50,40 @@ def are_single(bounds: Tensor, num_ids: int) -> bool:
     if torch.compiler.is_compiling() or bounds.device.type != "cpu" or len(bounds) != num_ids + 1:
         return False  # a graph must not depend on whether there happen to be as many bags as ids
     return bool((bounds == torch.arange(num_ids + 1)).all())
+
+
+def pool_vectors(
+    vectors: Tensor, bounds: Tensor, mode: str, weights: Tensor | None = None, padding: Tensor | None = None
+) -> Tensor:
+    """Pool composed vectors.
+
+    Args:
+        vectors: float ``(N, D)``.
+        bounds: int64 ``(B + 1,)``.
+        mode: ``sum``, ``mean`` or ``max``.
+        weights: float ``(N,)``, for sums.
+        padding: bool ``(N,)``, vectors that count for nothing.
+
+    Returns:
+        ``(B, D)``; zeros for empty bags.
+    """
+    number = vectors.shape[0]
+    position = torch.arange(number, device=vectors.device)
+    padding_idx = None
+    if padding is not None:
+        padding_idx = number
+        position = torch.where(padding, padding_idx, position)
+    if padding is not None or number == 0:
+        vectors = torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])
+    return F.embedding_bag(
+        position,
+        vectors,
+        bounds,
+        mode=mode,
+        per_sample_weights=None if weights is None else weights.to(vectors.dtype),
+        include_last_offset=True,
+        padding_idx=padding_idx,
+    )
 
 
 def check_pooling(ids: Tensor, per_sample_weights: Tensor | None, mode: str) -> None:

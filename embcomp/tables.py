@@ -12,10 +12,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embcomp.bags import are_single, bag_bounds, check_pooling
+from embcomp.bags import are_single, bag_bounds, check_pooling, pool_vectors
 from embcomp.config import StrategyConfig, strategy_of
 from embcomp.errors import ConfigError, IncompatibleStateError, InputError, SpecError, UnseenIdError, did_you_mean
 from embcomp.hashing import check_range, hash_seed, hash_to_range
@@ -283,24 +282,8 @@ class EmbeddingTables(nn.Module):
         vectors = self(ids, table).reshape(-1, self.embedding_dim)
         if is_pooled:
             return vectors
-        number = vectors.shape[0]
-        position = torch.arange(number, device=ids.device)
         padding = None if mode == "sum" else self._bag_padding(ids, table)  # sums don't see zeros
-        padding_idx = None
-        if padding is not None:
-            padding_idx = number
-            position = torch.where(padding.reshape(-1), padding_idx, position)
-        if padding is not None or number == 0:
-            vectors = torch.cat([vectors, vectors.new_zeros(1, self.embedding_dim)])
-        return F.embedding_bag(
-            position,
-            vectors,
-            bounds,
-            mode=mode,
-            per_sample_weights=None if weights is None else weights.to(vectors.dtype),
-            include_last_offset=True,
-            padding_idx=padding_idx,
-        )
+        return pool_vectors(vectors, bounds, mode, weights, None if padding is None else padding.reshape(-1))
 
     def materialize(self, table: int | str = 0, ids: Tensor | None = None) -> Tensor:
         """Dense rows of a table: float32 ``(V, D)``, or ``(len(ids), D)``; differentiable, composed chunk by chunk."""
@@ -518,12 +501,12 @@ class EmbeddingTables(nn.Module):
         self, ids: Tensor, table: Tensor | int | str | None, bounds: Tensor, mode: str, weights: Tensor | None
     ) -> Tensor | None:
         """Pool stored rows as they are read, where vectors are nothing else and none is blank."""
-        if type(self).stored_rows is EmbeddingTables.stored_rows:
+        if type(self).stored_rows is EmbeddingTables.stored_rows or self._has_padding or self.config.unseen == "zero":
             return None
         ids, column = self._checked(ids, table)
-        ids, blank = self._apply_unseen(ids, column)
-        found = None if blank is not None else self.stored_rows(ids, column)
-        return None if found is None else found[0].pool(found[1].reshape(-1), bounds, mode, weights)
+        ids, _ = self._apply_unseen(ids, column)
+        found = self.stored_rows(ids, column)
+        return None if found is None else found[0].pool(found[1], column, bounds, mode, weights)
 
     def _apply_unseen(self, ids: Tensor, table: Tensor | int | None) -> tuple[Tensor, Tensor | None]:
         """Bring ids into range by the policy; also say which vectors must be zero (None: no vector)."""

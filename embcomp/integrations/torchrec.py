@@ -61,6 +61,7 @@ class _Lookup(nn.Module):
         super().__init__()
         self.features = [slot.feature for slot in slots]
         self.places = [slot.place for slot in slots]
+        self.mode: str = getattr(slots[0].view, "mode", "")
         self._view = (slots[0].view,)  # the tuple keeps nn.Module from registering what the model owns
         columns = [self.tables.index_of(slot.view.names[0]) for slot in slots]
         self.register_buffer("columns", torch.tensor(columns, device=slots[0].view.device), persistent=False)
@@ -162,20 +163,13 @@ class CompressedEmbeddingBagCollection(_Compressed, EmbeddingBagCollectionInterf
         pieces: list[Tensor] = [torch.empty(0)] * len(self.keys)
         for lookup in self._lookups():
             own = lookup.own(features)
-            mode = self._mode(lookup)
             weights = own.weights() if self._is_weighted else None
-            pooled = lookup.tables.bag(own.values(), own.offsets(), lookup.column_of(own), weights, mode, True)
+            pooled = lookup.tables.bag(own.values(), own.offsets(), lookup.column_of(own), weights, lookup.mode, True)
             rows = pooled.split(own.stride_per_key())
             for place, name, part in zip(lookup.places, lookup.features, rows, strict=True):
                 index = _inverse(features, name)
                 pieces[place] = part if index is None else part.index_select(0, index)
         return KeyedTensor(self.keys, self._lengths, torch.cat(pieces, dim=1))
-
-    @staticmethod
-    def _mode(lookup: _Lookup) -> str:
-        view = lookup._view[0]
-        assert isinstance(view, EmbeddingBagView)
-        return view.mode
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The configs of the tables, as they were."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from embcomp.bags import pool_vectors
 from embcomp.errors import IncompatibleStateError
 from embcomp.storage.gather import read_rows
 
@@ -48,19 +49,20 @@ class RowStore(nn.Module):
         """
         raise NotImplementedError
 
-    def pool(self, rows: Tensor, bounds: Tensor, mode: str, weights: Tensor | None = None) -> Tensor | None:
-        """Look rows up and pool them in one, where that spares to write them down.
+    def pool(self, rows: Tensor, segment: Segment, bounds: Tensor, mode: str, weights: Tensor | None = None) -> Tensor:
+        """Look rows up and pool them; stores that can do both in one need not write them down.
 
         Args:
-            rows: int64 ``(N,)``.
+            rows: int64 ``(...)``, N of them.
+            segment: as in `forward`.
             bounds: int64 ``(B + 1,)``: bag b is ``[bounds[b], bounds[b + 1])``.
             mode: ``sum``, ``mean`` or ``max``.
             weights: float32 ``(N,)``, for sums.
 
         Returns:
-            float32 ``(B, d)``, or None where the store can't.
+            float32 ``(B, d)``.
         """
-        return None
+        return pool_vectors(self(rows, segment).reshape(-1, self.dim), bounds, mode, weights)
 
     def consecutive(self, start: int, stop: int, segment: Segment = None) -> Tensor:
         """Look up the rows ``start``, …, ``stop - 1``, where it can be without a copy: nobody may write to the result.

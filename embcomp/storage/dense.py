@@ -44,13 +44,11 @@ class DenseRows(MatrixRows):
     def forward(self, rows: Tensor, segment: Segment = None) -> Tensor:
         return self._rounded(self.read(rows, segment))
 
-    def pool(self, rows: Tensor, bounds: Tensor, mode: str, weights: Tensor | None = None) -> Tensor | None:
-        if self.elsewhere is not None or (mode == "max" and self.sparse):
-            return None
-        if self.serve_dtype != torch.float32 or self.weight.dtype != torch.float32:
-            return None
+    def pool(self, rows: Tensor, segment: Segment, bounds: Tensor, mode: str, weights: Tensor | None = None) -> Tensor:
+        if self.elsewhere is not None or (mode == "max" and self.sparse) or self.serve_dtype != torch.float32:
+            return super().pool(rows, segment, bounds, mode, weights)
         return F.embedding_bag(
-            rows,
+            rows.reshape(-1),
             self.weight,
             bounds,
             mode=mode,

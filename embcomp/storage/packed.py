@@ -95,10 +95,10 @@ class PackedRows(RowStore):
             return self._lookup_in_blocks(rows, segment)
         return self._lookup_packed(rows, segment)
 
-    def pool(self, rows: Tensor, bounds: Tensor, mode: str, weights: Tensor | None = None) -> Tensor | None:
+    def pool(self, rows: Tensor, segment: Segment, bounds: Tensor, mode: str, weights: Tensor | None = None) -> Tensor:
         if not (self.fused and mode == "sum" and self.codes.is_cpu) or torch.compiler.is_compiling():
-            return None
-        found: Tensor = _KERNELS[self.bits](self.codes, rows, bounds, False, 0, False, weights, None, True)
+            return super().pool(rows, segment, bounds, mode, weights)
+        found: Tensor = _KERNELS[self.bits](self.codes, rows.reshape(-1), bounds, False, 0, False, weights, None, True)
         return found
 
     def serve_bytes(self) -> list[int]:

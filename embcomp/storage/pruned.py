@@ -72,8 +72,8 @@ class PrunedRows(RowStore):
         return torch.where(packing.gather(mask, rows, self.dim, 1).bool(), vectors, 0.0)
 
     # Neither gives the rows as they are, which those of a plain store do.
-    def pool(self, rows: Tensor, bounds: Tensor, mode: str, weights: Tensor | None = None) -> Tensor | None:
-        return RowStore.pool(self, rows, bounds, mode, weights)
+    def pool(self, rows: Tensor, segment: Segment, bounds: Tensor, mode: str, weights: Tensor | None = None) -> Tensor:
+        return RowStore.pool(self, rows, segment, bounds, mode, weights)
 
     def consecutive(self, start: int, stop: int, segment: Segment = None) -> Tensor:
         return RowStore.consecutive(self, start, stop, segment)
