@@ -19,6 +19,7 @@ from embcomp.reporting import format_rows, table_rows
 from embcomp.sites import Fields, Filter, Patterns, Site, attach, choose, find_groups, find_sites, home_of, owner_path
 from embcomp.specs import TableSpec
 from embcomp.tables import EmbeddingTables
+from embcomp.training.reassigned import reset_rows_
 
 if TYPE_CHECKING:
     from embcomp.training.search import FrontPoint
@@ -54,6 +55,16 @@ class Compression:
     def penalty(self) -> Tensor:
         """The strategies' own loss terms, a float32 scalar to add to the training loss."""
         return torch.stack([tables.penalty() for tables in self.tables]).sum()
+
+    def step_(self, *optimizers: torch.optim.Optimizer) -> None:
+        """After a step of the optimizers: what strategies do then; ``dynamic`` counts ids and gives rows to others.
+
+        Args:
+            optimizers: all that train the tables; of rows that went to other ids they remember nothing afterwards.
+        """
+        for tables in self.tables:
+            tables.step_()
+        reset_rows_(self.tables, *optimizers)
 
     def finalize_(self) -> Compression:
         """Turn all groups into their serving form, in place."""

@@ -188,8 +188,24 @@ class EmbeddingTables(nn.Module):
     def set_pass_(self, name: str) -> None:
         """Switch lookups to one of the phase's ``passes``."""
 
+    def seen_(self, ids: Tensor, table: Tensor | int | None, blank: Tensor | None) -> None:
+        """Note the ids of a lookup in training, with gradients; for strategies that count them.
+
+        Args:
+            ids: int64 ``(...)``, as `lookup` gets them.
+            table: as in `lookup`.
+            blank: bool ``(...)``, ids whose vectors are zero whatever is stored; None for none.
+        """
+
     def step_(self) -> None:
         """What is to be done after every step of the optimizers."""
+
+    def reassigned_(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Rows that went to other ids since this was asked last: parameter, and int64 ``(n,)`` rows of it.
+
+        The optimizer's state of these rows is that of other ids: `embcomp.training.reset_rows_` clears it.
+        """
+        return []
 
     def make_search(self) -> Search:
         """What chooses among candidates in a phase of kind ``"search"``."""
@@ -241,9 +257,13 @@ class EmbeddingTables(nn.Module):
             UnseenIdError: if ``unseen="error"`` and an id is outside its table.
             InputError: if ids or table have the wrong dtype, device or shape.
         """
-        ids, column = self._checked(ids, table)
-        ids, blank = self._apply_unseen(ids, column)
-        vectors = self.lookup(ids, column)
+        return self._vectors(*self._checked(ids, table), is_seen=self.training and torch.is_grad_enabled())
+
+    def _vectors(self, ids: Tensor, table: Tensor | int | None, is_seen: bool) -> Tensor:
+        ids, blank = self._apply_unseen(ids, table)
+        if is_seen:
+            self.seen_(ids, table, blank)
+        vectors = self.lookup(ids, table)
         if blank is not None:
             vectors = vectors.masked_fill(blank.unsqueeze(-1), 0.0)
         return vectors
@@ -290,8 +310,9 @@ class EmbeddingTables(nn.Module):
         index = self.index_of(table)
         if ids is None:
             ids = torch.arange(self.specs[index].num_embeddings, device=self._sizes.device)
-        chunks = [self(chunk, index) for chunk in ids.split(CHUNK)]
-        return torch.cat(chunks) if chunks else self(ids, index)
+        ids, _ = self._checked(ids, index)
+        chunks = [self._vectors(chunk, index, is_seen=False) for chunk in ids.split(CHUNK)]
+        return torch.cat(chunks)
 
     def scores(self, table: int | str, queries: Tensor, chunk: int | None = None) -> Tensor:
         """Inner products with every row of a table, ``queries @ materialize(table).T``, without all rows at once.
@@ -463,6 +484,13 @@ class EmbeddingTables(nn.Module):
             f"({report.ratio:.2%} of float32), rows={self.config.rows!r}, unseen={self.config.unseen!r}"
         )
 
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Check what names, shapes and dtypes of a state can't say, for strategies that choose rows by ids.
+
+        Raises:
+            IncompatibleStateError: if the state contradicts itself.
+        """
+
     # ---- inside -----------------------------------------------------------------------------------------------------
 
     def _checked(self, ids: Tensor, table: Tensor | int | str | None) -> tuple[Tensor, Tensor | int | None]:
@@ -505,6 +533,8 @@ class EmbeddingTables(nn.Module):
             return None
         ids, column = self._checked(ids, table)
         ids, _ = self._apply_unseen(ids, column)
+        if self.training and torch.is_grad_enabled():
+            self.seen_(ids, column, None)
         found = self.stored_rows(ids, column)
         return None if found is None else found[0].pool(found[1], column, bounds, mode, weights)
 

@@ -139,6 +139,11 @@ class MatrixRows(RowStore):
         found: Tensor = self.elsewhere(rows, segment)
         return found
 
+    @torch.no_grad()
+    def put_(self, rows: Tensor, values: Tensor) -> None:
+        """Overwrite some rows, different ones, int64 ``(n,)``, with float ``(n, d)``."""
+        self.weight.index_copy_(0, rows, values.to(self.weight.dtype))
+
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and self.__dict__["_modules"].get("elsewhere") is not None:
             raise IncompatibleStateError(
