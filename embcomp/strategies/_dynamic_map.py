@@ -27,20 +27,22 @@ class IdMap(nn.Module):
 
     Attributes:
         ids: int64 ``(S,)``, S slots of all tables together.
-        slots: int64 ``(S,)``, slot within the table of the id at each place; None when served.
-        counts: int64 ``(S,)``; None when served.
-        last: int64 ``(S,)``, the step of the last lookup; None when served.
+        is_final: whether it is the serving form, which has nothing but ``ids``.
+        slots: int64 ``(S,)``, slot within the table of the id at each place.
+        counts: int64 ``(S,)``, lookups.
+        last: int64 ``(S,)``, the step of the last lookup.
     """
 
     ids: Tensor
-    slots: Tensor | None
-    counts: Tensor | None
-    last: Tensor | None
+    slots: Tensor
+    counts: Tensor
+    last: Tensor
     _starts: Tensor
     _sizes: Tensor
 
     def __init__(self, num_slots: Sequence[int]) -> None:
         super().__init__()
+        self.is_final = False
         self.num_slots, self.total = tuple(num_slots), sum(num_slots)
         self.starts = [sum(num_slots[:table]) for table in range(len(num_slots))]
         for name, values in (("_starts", self.starts), ("_sizes", num_slots)):
@@ -63,7 +65,7 @@ class IdMap(nn.Module):
             bool ``(...)``, whether an id has a slot, and int64 ``(...)``, which slot of its table if it has.
         """
         found, smaller = self._search(ids, table)
-        if self.slots is None:
+        if self.is_final:
             return found, smaller
         return found, self.slots[self._place(smaller, table)]
 
@@ -96,15 +98,22 @@ class IdMap(nn.Module):
         """The table of each place: int64 ``(S,)``."""
         return torch.repeat_interleave(self._sizes)
 
+    def within(self) -> Tensor:
+        """The number of each place among those of its table: int64 ``(S,)``."""
+        return torch.arange(self.total, device=self.ids.device) - self._starts[self.owners()]
+
+    def of(self, table: int) -> Tensor:
+        """The ids of a table that have a slot, sorted: int64 ``(n,)``."""
+        own = self.ids[self.starts[table] : self.starts[table] + self.num_slots[table]]
+        return own[own != EMPTY].clone()
+
     def touch_(self, places: Tensor, counts: Tensor, step: Tensor) -> None:
         """Note lookups of residents: different places, int64 ``(n,)``, and how often each was looked up."""
-        assert self.counts is not None and self.last is not None
         self.counts[places] += counts
         self.last[places] = step
 
     def replace_(self, places: Tensor, ids: Tensor, counts: Tensor, last: Tensor) -> Tensor:
         """Give the slots at some places to other ids; returns those slots, int64 ``(n,)``, each within its table."""
-        assert self.slots is not None and self.counts is not None and self.last is not None
         given = self.slots[places]
         self.ids[places], self.counts[places], self.last[places] = ids, counts, last
         order = sort_pairs(self.owners(), self.ids)
@@ -115,7 +124,8 @@ class IdMap(nn.Module):
 
     def finalize_(self) -> None:
         """Turn into the serving form; whoever keeps the rows has put them into the order of places."""
-        self.slots = self.counts = self.last = None
+        self.is_final = True
+        del self.slots, self.counts, self.last
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

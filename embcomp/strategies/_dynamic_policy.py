@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from embcomp.hashing import hash_ids, hash_seed
+from embcomp.hashing import hash_ids
 from embcomp.strategies._dynamic_history import Lookups, rank_within
 from embcomp.strategies._dynamic_map import EMPTY, IdMap
 
@@ -83,7 +83,6 @@ class Policy:
         Returns:
             Places whose slots change hands, int64 ``(n,)``, and the ids that get them, in the same order.
         """
-        assert residents.counts is not None and residents.last is not None
         candidates = candidates.of(candidates.counts.argsort(stable=True, descending=True))
         old = self.resident_score(residents.counts, residents.last, now)
         old = old.masked_fill(residents.ids == EMPTY, -math.inf)
@@ -95,8 +94,3 @@ class Policy:
         # others once both are in the order of tables.
         winners = candidates.of(wins[residents.total :])
         return (~wins[: residents.total]).nonzero().squeeze(1), winners.of(winners.table.argsort(stable=True))
-
-
-def admission_seeds(config: DynamicConfig, names: tuple[str, ...]) -> list[int]:
-    """Seeds of the chance that ids of each table are admitted by."""
-    return [hash_seed(config.seed, name, "admission") for name in names]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,9 +19,9 @@ from embcomp.storage import RowFormat, RowStore, make_row_store
 from embcomp.storage.base import MatrixRows
 from embcomp.storage.ragged import check_granularity
 from embcomp.strategies._allocation import check_table_names
-from embcomp.strategies._dynamic_history import History, Lookups
-from embcomp.strategies._dynamic_map import EMPTY, IdMap
-from embcomp.strategies._dynamic_policy import ADMISSIONS, POLICIES, Policy, admission_seeds
+from embcomp.strategies._dynamic_map import EMPTY
+from embcomp.strategies._dynamic_policy import ADMISSIONS, POLICIES
+from embcomp.strategies._dynamic_residents import NewResidents, Residents
 from embcomp.strategies._dynamic_sizes import (
     ID_BYTES,
     fewest_rows,
@@ -34,11 +33,7 @@ from embcomp.strategies._dynamic_sizes import (
 from embcomp.strategies._fitting import shared_means
 from embcomp.tables import EmbeddingTables
 
-logger = logging.getLogger(__name__)
-
 STARTS = ("random", "fallback")
-MOST_PENDING = 256
-"""Lookups that are kept until `step_`; a loop that never calls it must not fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +129,6 @@ class DynamicTables(EmbeddingTables):
     knob = "rows"
     takes_any_id = True
     config: DynamicConfig
-    clock: Tensor | None
-    history: History | None
     _starts: Tensor
     _shared_starts: Tensor
     _shared_segments: Tensor
@@ -143,7 +136,6 @@ class DynamicTables(EmbeddingTables):
     _ranges: Tensor
     _seeds: Tensor
     _is_whole: Tensor
-    _admission_seeds: Tensor
 
     def __init__(
         self, specs: Sequence[TableSpec], config: DynamicConfig, counts: Mapping[str, Tensor] | None = None
@@ -167,17 +159,14 @@ class DynamicTables(EmbeddingTables):
         self.constant("_ranges", [n or ids for n, ids in zip(self.num_fallback, self.num_ids, strict=True)])
         self.constant("_seeds", [hash_seed(config.seed, name, "fallback") for name in self.names])
         self.constant("_is_whole", self.is_whole)
-        self.constant("_admission_seeds", admission_seeds(config, self.names))
         row_format = RowFormat.parse(config.rows).resolve(self.embedding_dim)
         self._has_segment_scales = row_format.is_integer and row_format.granularity in ("column", "table")
-        self.map = IdMap(self.num_slots)
-        self.history = History([math.ceil(config.history * slots) for slots in self.num_slots])
-        self.register_buffer("clock", torch.zeros((), dtype=torch.int64))
-        self._pending: list[tuple[Tensor, Tensor | int]] = []
+        self.residents = Residents(self.names, self.num_slots, config)
         self._reassigned: list[Tensor] = []
-        self._was_told = False
         self.reset_parameters()
-        self._admit_known(counts or {})
+        for index, name in enumerate(self.names):
+            if name in (counts or {}) and not self.is_whole[index] and not self._weight().is_meta:
+                self._admit(index, (counts or {})[name])
 
     # ---- lookups ----------------------------------------------------------------------------------------------------
 
@@ -190,9 +179,9 @@ class DynamicTables(EmbeddingTables):
     def _find(self, ids: Tensor, table: Tensor | int | None) -> tuple[Tensor, Tensor | int | None]:
         """The stored row of each id, int64 ``(...)``, and its segment, where the store must know it."""
         rows = self._shared_row_of(ids, table)
-        if not self.map.total:
+        if not self.residents.map.total:
             return rows, table
-        found, slots = self.map(ids, table)
+        found, slots = self.residents.map(ids, table)
         rows = torch.where(found, slots + self.pick(self._starts, table), rows)
         if not self._has_segment_scales:
             return rows, None
@@ -210,88 +199,54 @@ class DynamicTables(EmbeddingTables):
             )
         return rows + starts
 
+    def residents_of(self, table: int | str) -> Tensor:
+        """The ids that have a slot, sorted: int64 ``(n,)``; none for a table that keeps all ids."""
+        return self.residents.map.of(self.index_of(table))
+
     # ---- what happens in training -----------------------------------------------------------------------------------
 
     def seen_(self, ids: Tensor, table: Tensor | int | None, blank: Tensor | None) -> None:
-        if self.is_final or not self.map.total or not self._weight().requires_grad:
+        if not self._is_dynamic():
             return
+        if self.config.unseen == "oov_row":
+            blank = (ids == self.pick(self._sizes, table)) | (False if blank is None else blank)
         owner = torch.arange(self.num_tables, device=ids.device) if table is None else table
         owner = owner.clone() if isinstance(owner, Tensor) else owner  # the caller may write to both
-        self._pending.append((ids.clone() if blank is None else ids.masked_fill(blank, EMPTY), owner))
-        if len(self._pending) >= MOST_PENDING and not torch.compiler.is_compiling():
-            if not self._was_told:
-                self._was_told = True
-                logger.warning(
-                    "tables %s: %d lookups since the last step_, so that no id gets a row of its own: call "
-                    "handle.step_(optimizer) after optimizer.step()",
-                    self._some_names(),
-                    len(self._pending),
-                )
-            self._count_()
+        self.residents.note_(ids.clone() if blank is None else ids.masked_fill(blank, EMPTY), owner)
 
-    @torch.no_grad()
     def step_(self) -> None:
-        if self.clock is None or not self.map.total or not self._weight().requires_grad:
-            return
-        self.clock += 1
-        self._count_()
-        if int(self.clock) % self.config.interval == 0:
-            self.compete_()
+        if self._is_dynamic():
+            self._begin_rows_(self.residents.step_())
 
-    @torch.no_grad()
     def compete_(self) -> None:
-        """Give slots to those who deserve them now; `step_` calls it every ``interval`` steps."""
-        if self.clock is None or self.history is None or not self.map.total:
-            return
-        policy, candidates = Policy(self.config), self.history.take_()
-        candidates = candidates.of(~self.map.find(candidates.ids, candidates.table)[0])
-        candidates = candidates.of(policy.admits(candidates, self._admission_seeds, self.clock))
-        places, winners = policy.compete(self.map, candidates, self.clock)
-        if not len(places):
-            return
-        shared = self._shared_row_of(winners.ids, winners.table)
-        slots = self.map.replace_(places, winners.ids, winners.counts, winners.last)
-        rows = self._starts[winners.table] + slots
-        self._store().put_(rows, self._first_values(winners.table, shared))
-        self._reassigned.append(rows)
+        """Give slots to those who deserve them now; `step_` does so every ``interval`` steps."""
+        if self._is_dynamic():
+            self._begin_rows_(self.residents.compete_())
 
     def reassigned_(self) -> list[tuple[nn.Parameter, Tensor]]:
         rows, self._reassigned = self._reassigned, []
         return [(self._weight(), torch.cat(rows).unique())] if rows else []
 
-    def residents(self, table: int | str) -> Tensor:
-        """The ids that have a slot, sorted: int64 ``(n,)``; none for a table that keeps all ids."""
-        index = self.index_of(table)
-        own = self.map.ids[self.map.starts[index] : self.map.starts[index] + self.num_slots[index]]
-        return own[own != EMPTY].clone()
+    def _is_dynamic(self) -> bool:
+        return not self.is_final and bool(self.residents.map.total) and self._weight().requires_grad
 
-    def _count_(self) -> None:
-        """Work off pending lookups: residents are counted in the map, the others go to the history."""
-        assert self.clock is not None and self.history is not None
-        pending, self._pending = self._pending, []
-        if not pending:
+    @torch.no_grad()
+    def _begin_rows_(self, new: NewResidents | None) -> None:
+        """Begin the rows of ids that got a slot."""
+        if new is None:
             return
-        device = self.clock.device
-        ids = torch.cat([ids.reshape(-1) for ids, _ in pending]).to(device)
-        table = torch.cat([torch.as_tensor(t, device=device).expand(i.shape).reshape(-1) for i, t in pending])
-        looked_up = (ids != EMPTY) & ~self._is_whole[table]
-        if self.config.unseen == "oov_row":
-            looked_up &= ids != self._sizes[table]
-        ids, table = ids[looked_up], table[looked_up]
-        lookups = Lookups(table, ids, torch.ones_like(ids), self.clock.expand_as(ids)).merged()
-        found, places = self.map.find(lookups.ids, lookups.table)
-        self.map.touch_(places[found], lookups.counts[found], self.clock)
-        clock, policy = self.clock, Policy(self.config)
-        self.history.add_(lookups.of(~found), lambda counts, last: policy.score(counts, last, clock))
-
-    def _first_values(self, table: Tensor, shared: Tensor) -> Tensor:
-        """What is written into rows of ids that got a slot: float32 ``(n, D)``."""
+        rows = self._starts[new.table] + new.slots
         if self.config.start == "fallback":
-            return self._weight().detach()[shared].float()
-        deviation = torch.tensor([spec.init_std for spec in self.specs], device=table.device)[table]
-        assert self.clock is not None
-        drawn = torch.randn(len(table), self.embedding_dim, generator=self.generator(f"slots at {int(self.clock)}"))
-        return drawn.to(table.device) * deviation.unsqueeze(1)
+            first = self._weight()[self._shared_row_of(new.ids, new.table)]
+        else:
+            generator = self.generator(f"slots at step {int(self.residents.clock)}")
+            deviation = torch.tensor([spec.init_std for spec in self.specs], device=rows.device)[new.table]
+            first = torch.randn(len(rows), self.embedding_dim, generator=generator, device="cpu").to(rows.device)
+            first *= deviation.unsqueeze(1)
+        store = self.rows
+        assert isinstance(store, MatrixRows)
+        store.put_(rows, first)
+        self._reassigned.append(rows)
 
     # ---- life -------------------------------------------------------------------------------------------------------
 
@@ -311,7 +266,7 @@ class DynamicTables(EmbeddingTables):
         number, mean = self.specs[index].num_embeddings, count @ weight / count.sum()
         self._admit(index, count[:number])
         ids = torch.arange(number, device=weight.device)
-        found, slots = self.map(ids, index)
+        found, slots = self.residents.map(ids, index)
         own = mean.expand(self.num_slots[index], -1).clone()
         own[slots[found]] = weight[:number][found]
         self.rows.write_(self.rows.starts()[index], own)
@@ -324,21 +279,18 @@ class DynamicTables(EmbeddingTables):
     def finalize_(self) -> EmbeddingTables:
         if not self.is_final:
             self._sort_rows_()
-            self.map.finalize_()
-            self.history = self.clock = None
-            self._pending, self._reassigned = [], []
+            self.residents.finalize_()
+            self._reassigned = []
         return super().finalize_()
 
     @torch.no_grad()
     def _sort_rows_(self) -> None:
         """Bring slots into the order of places, so that served tables need not say which is whose."""
-        weight = self._weight()
-        if weight.is_meta or not self.map.total:
+        weight, places = self._weight(), self.residents.map
+        if weight.is_meta:
             return
-        assert self.map.slots is not None
-        order, owners = torch.arange(len(weight), device=weight.device), self.map.owners()
-        places = torch.arange(self.map.total, device=weight.device) - self.map._starts[owners]
-        order[self._starts[owners] + places] = self._starts[owners] + self.map.slots
+        order, starts = torch.arange(len(weight), device=weight.device), self._starts[places.owners()]
+        order[starts + places.within()] = starts + places.slots
         weight.copy_(weight[order])
 
     def memory(self) -> MemoryReport:
@@ -350,15 +302,13 @@ class DynamicTables(EmbeddingTables):
         for name, slots in zip(self.names, self.num_slots, strict=True):
             if slots:
                 parts.append(MemoryPart(name, "ids", ID_BYTES * slots, 0, 0, each * slots))
-        if self.history is not None and self.clock is not None:
-            size = self.history.entries.nbytes + self.history.filled.nbytes + self.clock.nbytes
-            parts.append(MemoryPart(SHARED, "history", 0, 0, 0, size))
+        if not self.is_final:
+            kept = [self.residents.clock, *self.residents.history.state_dict().values()]
+            parts.append(MemoryPart(SHARED, "history", 0, 0, 0, sum(tensor.nbytes for tensor in kept)))
         return MemoryReport(tuple(parts), report.full_bytes)
 
     def check_state(self, state: Mapping[str, Tensor]) -> None:
-        self.map.check_state(state, "map.")
-        if self.history is not None:
-            self.history.check_state(state, "history.")
+        self.residents.check_state(state, "residents.")
 
     # ---- sizes ------------------------------------------------------------------------------------------------------
 
@@ -392,39 +342,18 @@ class DynamicTables(EmbeddingTables):
                 raise ConfigError(f"DynamicConfig(num_slots={{{name!r}: {slots}}}): must be {limit}")
             if fallback < 0 or (fallback == 0 and slots != num_ids):
                 raise ConfigError(
-                    f"DynamicConfig(num_fallback={{{name!r}: {fallback}}}): must be at least 1, or 0 where num_slots is "
-                    f"the number of ids, {num_ids}"
+                    f"DynamicConfig(num_fallback={{{name!r}: {fallback}}}): must be at least 1, or 0 where num_slots "
+                    f"is the number of ids, {num_ids}"
                 )
             check_range(name, fallback or num_ids)
         return tuple(config.num_fallback[name] for name in self.names)
 
-    def _admit_known(self, counts: Mapping[str, Tensor]) -> None:
-        """Give slots to the ids that are known to be frequent."""
-        if self.map.ids.is_meta:
-            return
-        for index, name in enumerate(self.names):
-            if name in counts and not self.is_whole[index]:
-                self._admit(index, counts[name])
-
-    @torch.no_grad()
     def _admit(self, index: int, counts: Tensor) -> None:
-        """Give all slots of a table to its most frequent ids; of equally frequent ones to the smaller."""
-        assert self.history is not None and self.clock is not None and self.map.last is not None
+        """Give a table's slots to its most frequent ids."""
         padding = self.specs[index].padding_idx
-        counts = counts if padding is None else counts.index_fill(0, torch.tensor(padding, device=counts.device), 0)
-        order = counts.argsort(stable=True, descending=True)[: self.num_slots[index]]
-        order = order[counts[order] > 0].to(self.map.ids.device)
-        start = self.map.starts[index]
-        self.map.ids[start : start + self.num_slots[index]] = EMPTY
-        places = start + torch.arange(len(order), device=order.device)
-        times = counts.to(order.device)[order].round().long().clamp_min(1)
-        self.map.replace_(places, order, times, self.clock.expand_as(order))
-        self._pending = []
-        self.history.take_()
-
-    def _store(self) -> MatrixRows:
-        assert isinstance(self.rows, MatrixRows)
-        return self.rows
+        if padding is not None:
+            counts = counts.index_fill(0, torch.tensor([padding], device=counts.device), 0)
+        self.residents.admit_(index, counts)
 
     def _weight(self) -> nn.Parameter:
-        return self._store().weight
+        return self.rows.get_parameter("weight")
