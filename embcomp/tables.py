@@ -240,6 +240,57 @@ class EmbeddingTables(nn.Module):
         """Values that are stored for each id alone, int64 ``(V,)``, 0 to D; None where ids share what is stored."""
         return None
 
+    # ---- what strategies that keep rows of tables that grow write ----------------------------------------------------
+
+    def grown_config(self, specs: Sequence[TableSpec], num_slots: Mapping[str, int], is_open: bool) -> Any:
+        """The config of the same tables with more ids, for `embcomp.resize_`: whatever has a size keeps it.
+
+        Args:
+            specs: as they will be.
+            num_slots: table name -> slots that are asked for.
+            is_open: whether a budget will choose the number of slots.
+
+        Raises:
+            ConfigError: if trained rows can't be kept.
+        """
+        if num_slots:
+            raise ConfigError(
+                f"resize_: tables of strategy {strategy_of(self.config).name!r} have no slots, those of 'dynamic' do: "
+                f"leave {', '.join(num_slots)} out of num_slots"
+            )
+        return self._grown_config(specs)
+
+    def _grown_config(self, specs: Sequence[TableSpec]) -> Any:
+        raise self.no_growth("keeps ids in ways that depend on how many there are")
+
+    def take_rows_(self, old: EmbeddingTables) -> None:
+        """Take over the trained rows of the same tables with fewer ids, whose `grown_config` this has.
+
+        Raises:
+            ConfigError: if they can't be kept.
+        """
+        for index, (spec, ids) in enumerate(zip(self.specs, self.num_ids, strict=True)):
+            self.take_table_(index, old, index, ids - spec.num_embeddings)
+
+    def take_table_(self, index: int, old: Any, own: int, last: int) -> None:
+        """Take over the trained rows of one table.
+
+        Args:
+            index: of the table.
+            old: a group of the same class, that keeps the table with fewer ids.
+            own: index of the table there.
+            last: how many ids stay behind all others: 1 where there is an OOV id, else 0.
+        """
+        raise NotImplementedError
+
+    def no_growth(self, why: str) -> ConfigError:
+        """The error for tables whose trained rows can't be kept when they grow."""
+        return ConfigError(
+            f"strategy {strategy_of(self.config).name!r} (tables {self._some_names()}) {why}, so trained rows can't be "
+            "kept in tables that grow: take to_dense(), add rows for the new ids, plan tables of the new sizes, and "
+            "load_dense_ the rows into them; or use unseen='hash' from the start, which takes new ids as they are"
+        )
+
     # ---- lookups ----------------------------------------------------------------------------------------------------
 
     def forward(self, ids: Tensor, table: Tensor | int | str | None = None) -> Tensor:

@@ -83,6 +83,9 @@ class DenseRows(MatrixRows):
     def write_(self, start: int, values: Tensor) -> None:
         self.weight[start : start + len(values)].copy_(values)
 
+    def take_scales_(self, segment: int, other: MatrixRows, own: int) -> None:
+        self.rounding = bool(getattr(other, "rounding", True))
+
     def set_rounding(self, enabled: bool) -> None:
         self.rounding = enabled
 

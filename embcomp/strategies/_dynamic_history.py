@@ -96,9 +96,13 @@ class History(nn.Module):
         self.entries[:, filled : filled + len(new.ids)] = torch.stack(new)
         self.filled.fill_(filled + len(new.ids))
 
+    def copied(self) -> Lookups:
+        """All ids, merged."""
+        return Lookups(*self.entries[:, : int(self.filled)].clone()).merged()
+
     def take_(self) -> Lookups:
         """All ids, merged; the log is empty afterwards."""
-        found = Lookups(*self.entries[:, : int(self.filled)].clone()).merged()
+        found = self.copied()
         self.filled.zero_()
         return found
 

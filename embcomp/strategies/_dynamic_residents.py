@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from embcomp.hashing import hash_seed
-from embcomp.strategies._dynamic_history import History, Lookups
+from embcomp.strategies._dynamic_history import History, Lookups, rank_within
 from embcomp.strategies._dynamic_map import EMPTY, IdMap
 from embcomp.strategies._dynamic_policy import Policy
 
@@ -123,6 +123,27 @@ class Residents(nn.Module):
         self.map.ids[start : start + self.map.num_slots[table]] = EMPTY
         times = counts.to(ids.device)[ids].round().long().clamp_min(1)
         self.map.replace_(start + torch.arange(len(ids), device=ids.device), ids, times, self.clock.expand_as(ids))
+
+    @torch.no_grad()
+    def take_(self, old: Residents) -> NewResidents:
+        """Take over residents, history and time of the same tables with other numbers of slots.
+
+        Where there are fewer slots those of the highest scores stay.
+
+        Returns:
+            Who has a slot, and which.
+        """
+        places, self.clock, self._waiting = old.map, old.clock.clone(), list(old._waiting)
+        score = old.policy.resident_score(places.counts, places.last, old.clock)
+        score = score.masked_fill(places.ids == EMPTY, -math.inf)
+        ranks = rank_within(places.owners(), score.argsort(stable=True, descending=True), len(self.names))
+        stays = (ranks < self.map._sizes[places.owners()]) & (places.ids != EMPTY)
+        table, ids = places.owners()[stays], places.ids[stays]
+        numbers = rank_within(table, torch.arange(len(ids), device=ids.device), len(self.names))
+        new = self.map._starts[table] + numbers
+        slots = self.map.replace_(new, ids, places.counts[stays], places.last[stays])
+        self.history.add_(old.history.copied(), lambda counts, last: old.policy.score(counts, last, old.clock))
+        return NewResidents(table, ids, slots)
 
     def finalize_(self) -> None:
         """Keep what serving needs: the map's ids."""

@@ -38,6 +38,8 @@ def most_rows(specs: Sequence[TableSpec], config: DynamicConfig) -> list[int]:
 
 def fewest_rows(specs: Sequence[TableSpec], config: DynamicConfig) -> list[int]:
     """The smallest size of each table: a slot and a fallback row or two, unless plain rows cost no more."""
+    if config.num_fallback is not None:
+        check_table_names(config, "num_fallback", [spec.name for spec in specs])
     return [min(_fewest(spec, config), most) for spec, most in zip(specs, most_rows(specs, config), strict=True)]
 
 
@@ -88,6 +90,8 @@ def _most(spec: TableSpec, config: DynamicConfig) -> int:
 
 
 def _fewest(spec: TableSpec, config: DynamicConfig) -> int:
+    if config.num_fallback is not None and config.num_fallback[spec.name] == 0:
+        return _most(spec, config)
     return 1 + _fallback(spec, config, 1) + _oov(config)
 
 

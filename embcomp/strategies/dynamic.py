@@ -16,7 +16,7 @@ from embcomp.hashing import check_range, hash_seed, hash_to_range
 from embcomp.memory import SHARED, MemoryPart, MemoryReport
 from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import RowFormat, RowStore, make_row_store
-from embcomp.storage.base import MatrixRows
+from embcomp.storage.base import as_matrix
 from embcomp.storage.ragged import check_granularity
 from embcomp.strategies._allocation import check_table_names
 from embcomp.strategies._dynamic_map import EMPTY
@@ -97,8 +97,6 @@ class DynamicConfig(StrategyConfig):
             raise ConfigError(f"DynamicConfig(history={self.history!r}): must be above 0, and finite")
         if self.decay == math.inf:
             raise ConfigError("DynamicConfig(decay=inf): must be finite; policy='lru' looks at nothing but time")
-        if self.num_slots is None and self.num_fallback is not None and 0 in self.num_fallback.values():
-            raise ConfigError("DynamicConfig(num_fallback=…) has a 0, which needs num_slots: give both, or neither")
         check_granularity(RowFormat.parse(self.rows))
 
 
@@ -243,9 +241,7 @@ class DynamicTables(EmbeddingTables):
             deviation = torch.tensor([spec.init_std for spec in self.specs], device=rows.device)[new.table]
             first = torch.randn(len(rows), self.embedding_dim, generator=generator, device="cpu").to(rows.device)
             first *= deviation.unsqueeze(1)
-        store = self.rows
-        assert isinstance(store, MatrixRows)
-        store.put_(rows, first)
+        as_matrix(self.rows).put_(rows, first)
         self._reassigned.append(rows)
 
     # ---- life -------------------------------------------------------------------------------------------------------
@@ -292,6 +288,41 @@ class DynamicTables(EmbeddingTables):
         order, starts = torch.arange(len(weight), device=weight.device), self._starts[places.owners()]
         order[starts + places.within()] = starts + places.slots
         weight.copy_(weight[order])
+
+    # ---- growth -----------------------------------------------------------------------------------------------------
+
+    def grown_config(self, specs: Sequence[TableSpec], num_slots: Mapping[str, int], is_open: bool) -> DynamicConfig:
+        if is_open:
+            return replace(self.config, num_slots=None)
+        slots, oov = {**(self.config.num_slots or {}), **num_slots}, int(self.config.unseen == "oov_row")
+        for spec, whole in zip(specs, self.is_whole, strict=True):
+            if whole and spec.name in num_slots:
+                raise ConfigError(
+                    f"resize_: table {spec.name!r} keeps a row for every id below {spec.num_embeddings}, and has no "
+                    "slots: leave it out of num_slots"
+                )
+            if whole:
+                slots[spec.name] = spec.num_embeddings + oov
+        return replace(self.config, num_slots=slots)
+
+    def take_rows_(self, old: EmbeddingTables) -> None:
+        super().take_rows_(old)
+        assert isinstance(old, DynamicTables)
+        taken = self.residents.take_(old.residents)
+        mine = self._starts[taken.table] + taken.slots
+        theirs = old._starts[taken.table] + old.residents.map(taken.ids, taken.table)[1]
+        as_matrix(self.rows).put_(mine, old._weight()[theirs])
+
+    def take_table_(self, index: int, old: DynamicTables, own: int, last: int) -> None:
+        mine, theirs = as_matrix(self.rows), as_matrix(old.rows)
+        if self.is_whole[index]:
+            mine.take_segment_(index, theirs, own, last)
+        else:
+            segments = int(self._shared_segments[index]), int(old._shared_segments[own])
+            mine.take_segment_(segments[0], theirs, segments[1])
+            mine.take_scales_(index, theirs, own)
+
+    # ---- bytes ------------------------------------------------------------------------------------------------------
 
     def memory(self) -> MemoryReport:
         report = super().memory()

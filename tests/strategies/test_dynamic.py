@@ -445,7 +445,6 @@ def test_fallback_rows_follow_given_slots_and_slots_given_fallback_rows():
         ({"fallback_share": math.nan}, "below 1"),
         ({"exempt_share": math.nan}, r"in \[0, 1\)"),
         ({"rows": "int4:group64"}, "groups"),
-        ({"num_fallback": {"user": 0}}, "needs num_slots"),
     ],
 )
 def test_wrong_configs(values, message):
