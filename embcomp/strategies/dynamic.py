@@ -109,8 +109,9 @@ class DynamicTables(EmbeddingTables):
     (steps since the last one + 1) ** p (``"distance_lfu"``); with ``"ttl"`` only slots that are empty, or whose ids
     were not looked up for some time, are given away, to those that were looked up most often. The row of an id that
     gets a slot begins anew, and so does its optimizer state, if the loop hands its optimizers over:
-    ``handle.step_(optimizer)`` after ``optimizer.step()``, or `embcomp.training.reset_rows_`. A loop without that line
-    trains shared rows alone. Evaluation, serving, and lookups without gradients change nothing.
+    ``handle.step_(optimizer)`` after ``optimizer.step()``, or `embcomp.training.reset_rows_`. A loop that never makes
+    ``step_`` trains shared rows alone. Evaluation, serving, lookups without gradients, and whole tables
+    (`materialize`, `scores`) are not counted.
 
     These are the rules of TorchRec's managed collision modules, of which there is a paper for the one with time to live
     ("MPZCH", arXiv 2602.17050); Monolith ("Monolith: Real Time Recommendation System With Collisionless Embedding
@@ -204,7 +205,7 @@ class DynamicTables(EmbeddingTables):
     # ---- what happens in training -----------------------------------------------------------------------------------
 
     def seen_(self, ids: Tensor, table: Tensor | int | None, blank: Tensor | None) -> None:
-        if not self._is_dynamic():
+        if not self._is_dynamic() or type(ids) is not Tensor or ids.is_meta:  # those of somebody's trace don't count
             return
         if self.config.unseen == "oov_row":
             blank = (ids == self.pick(self._sizes, table)) | (False if blank is None else blank)
@@ -226,6 +227,7 @@ class DynamicTables(EmbeddingTables):
         return [(self._weight(), torch.cat(rows).unique())] if rows else []
 
     def _is_dynamic(self) -> bool:
+        """Whether there are slots to be given, in rows that are trained."""
         return not self.is_final and bool(self.residents.map.total) and self._weight().requires_grad
 
     @torch.no_grad()

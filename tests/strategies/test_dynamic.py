@@ -368,6 +368,15 @@ def test_compiled_training_counts_too():
     assert [slots_of(compiled, table) for table in (0, 1)] == [slots_of(eager, table) for table in (0, 1)]
 
 
+def test_an_export_in_training_mode_counts_nothing():
+    tables = make_tables(interval=1)
+    program = torch.export.export(tables, (torch.tensor([[3, 30]]),))
+    asked = torch.tensor([[5, 50]])
+    torch.testing.assert_close(program.module()(asked), tables.eval()(asked))
+    tables.train().step_()
+    assert not len(tables.residents_of("user"))
+
+
 def test_a_loop_without_steps_is_told_and_does_not_fill_the_memory(caplog):
     tables = make_tables(interval=1)
     for ids in [*stream(400)] * 2:
