@@ -117,13 +117,14 @@ class ManagedCollisionTables(nn.Module):
         device: of rows and map.
 
     Attributes:
-        collection: TorchRec's, to be sharded, or used with a ``KeyedJaggedTensor`` directly.
+        collection: TorchRec's, which takes a ``KeyedJaggedTensor`` as well.
     """
 
     def __init__(self, specs: Sequence[TableSpec], config: DynamicConfig, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.specs, self.config, self.names = tuple(specs), config, tuple(spec.name for spec in specs)
         self.collection = make_collection(specs, config, device)
+        self.num_tables, self.embedding_dim = len(self.specs), self.specs[0].embedding_dim
         self._features = _module_names(specs)
         self._reassigned: list[tuple[nn.Parameter, Tensor]] = []
         start = DynamicTables(specs, config)
@@ -155,7 +156,7 @@ class ManagedCollisionTables(nn.Module):
         vectors = torch.cat([found[name].values() for name in self._features])
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
-        return vectors[back].view(*ids.shape, self.specs[0].embedding_dim)
+        return vectors[back].view(*ids.shape, self.embedding_dim)
 
     @torch.no_grad()
     def step_(self) -> None:

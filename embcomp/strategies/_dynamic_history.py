@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +129,3 @@ class History(nn.Module):
                 f"{prefix}entries: {number} of {self.size} are said to be in use, of {self.num_tables} tables, with "
                 "counts of at least 1, and they are not: the checkpoint contradicts itself"
             )
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        self.check_state(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)

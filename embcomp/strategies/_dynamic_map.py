@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,10 +144,6 @@ class IdMap(nn.Module):
             taken = None if slots is None or slots.shape != ids.shape else slots[start : start + size].cpu()
             if taken is not None and not torch.equal(taken.sort().values, torch.arange(size)):
                 raise IncompatibleStateError(f"{prefix}slots: {size} slots of a table are not there once each")
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        self.check_state(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @staticmethod
     def _pick(constants: Tensor, table: Tensor | int | None) -> Tensor:

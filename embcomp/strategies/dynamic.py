@@ -59,7 +59,7 @@ class DynamicConfig(StrategyConfig):
             1 − (1 − `admit_probability`) ** lookups.
         min_count: see `admission`.
         admit_probability: see `admission`; above 0, at most 1.
-        interval: steps between competitions.
+        interval: steps between competitions, which sort all slots: for millions of them take hundreds.
         history: ids without a slot that are remembered until the next competition, for each slot of their table.
         start: what is in the row of an id that gets a slot: ``"random"``, a newly drawn row, or ``"fallback"``, the row
             that it has shared until then.
@@ -275,11 +275,13 @@ class DynamicTables(EmbeddingTables):
         self.rows.write_(start, torch.cat([shared, weight[number:]]))
 
     def finalize_(self) -> EmbeddingTables:
-        if not self.is_final:
-            self._sort_rows_()
-            self.residents.finalize_()
-            self._reassigned = []
-        return super().finalize_()
+        if self.is_final:
+            return super().finalize_()
+        self._sort_rows_()
+        super().finalize_()  # may find rows that are not finite: until then nothing is lost
+        self.residents.finalize_()
+        self._reassigned = []
+        return self
 
     @torch.no_grad()
     def _sort_rows_(self) -> None:
@@ -290,6 +292,7 @@ class DynamicTables(EmbeddingTables):
         order, starts = torch.arange(len(weight), device=weight.device), self._starts[places.owners()]
         order[starts + places.within()] = starts + places.slots
         weight.copy_(weight[order])
+        places.slots.copy_(places.within())
 
     # ---- growth -----------------------------------------------------------------------------------------------------
 
@@ -343,6 +346,10 @@ class DynamicTables(EmbeddingTables):
     def check_state(self, state: Mapping[str, Tensor]) -> None:
         self.residents.check_state(state, "residents.")
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.residents.check_state(state_dict, f"{prefix}residents.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     # ---- sizes ------------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -378,7 +385,8 @@ class DynamicTables(EmbeddingTables):
                     f"DynamicConfig(num_fallback={{{name!r}: {fallback}}}): must be at least 1, or 0 where num_slots "
                     f"is the number of ids, {num_ids}"
                 )
-            check_range(name, fallback or num_ids)
+            if fallback or is_open(config):
+                check_range(name, fallback or num_ids)
         return tuple(config.num_fallback[name] for name in self.names)
 
     def _admit(self, index: int, counts: Tensor) -> None:

@@ -349,12 +349,29 @@ def test_a_checkpoint_that_contradicts_itself_changes_nothing(tmp_path, name, in
     before = {key: tensor.clone() for key, tensor in fresh.state_dict().items()}
     if way == "state":
         with pytest.raises(IncompatibleStateError, match=message):
-            fresh.residents.load_state_dict({k.removeprefix("residents."): v for k, v in state.items() if "resid" in k})
-        return
-    write_pretrained(tables, tmp_path, state)
-    with pytest.raises(IncompatibleStateError, match=message):
-        embcomp.load_tables(tmp_path)
+            fresh.load_state_dict(state)
+    else:
+        write_pretrained(tables, tmp_path, state)
+        with pytest.raises(IncompatibleStateError, match=message):
+            embcomp.load_tables(tmp_path)
     assert all(torch.equal(fresh.state_dict()[key], tensor) for key, tensor in before.items())
+
+
+def test_rows_that_can_not_be_served_leave_the_training_form_as_it_was():
+    tables = make_tables(rows="int8", interval=1)
+    for ids in stream(5):
+        train(tables, ids)
+    asked = torch.cat(list(stream(8)))
+    before = tables.eval()(asked).detach()
+    with torch.no_grad():
+        kept = tables.rows.weight[-1].clone()
+        tables.rows.weight[-1] = math.nan
+    with pytest.raises(IncompatibleStateError, match="did training diverge"):
+        tables.finalize_()
+    with torch.no_grad():
+        tables.rows.weight[-1] = kept
+    assert torch.equal(tables(asked).detach(), before)
+    train(tables.train(), asked)
 
 
 def test_compiled_training_counts_too():
