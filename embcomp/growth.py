@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -50,23 +50,12 @@ def resize_(
         BudgetError: if the budget can't be met.
         IncompatibleStateError: if tables are finalized, or their rows lie in several processes.
     """
-    groups = list(find_groups(module).values())
-    if not groups:
-        raise NoMatchingTableError(f"{type(module).__name__} has no compressed tables: call compress_ first")
-    sizes, num_slots = dict(sizes or {}), dict(num_slots or {})
-    if not sizes and not num_slots and budget is None:
-        raise ConfigError("resize_ was told nothing: give sizes={name: ids}, num_slots={name: slots}, or budget=")
-    if num_slots and budget is not None:
-        raise ConfigError("resize_ takes num_slots or a budget that chooses them, not both")
-    names = [name for tables in groups for name in tables.names]
-    for name in (*sizes, *num_slots):
-        if name not in names:
-            raise NoMatchingTableError(f"resize_: no compressed table {name!r}; {did_you_mean(name, names)}")
+    groups, sizes, num_slots = list(find_groups(module).values()), dict(sizes or {}), dict(num_slots or {})
+    _check_request(module, groups, sizes, budget, num_slots)
     views = _views(module, sizes)
     chosen = [tables for tables in groups if budget is not None or {*sizes, *num_slots} & set(tables.names)]
     wanted = []
     for tables in chosen:
-        _check_form(tables)
         specs = [_grown(spec, sizes) for spec in tables.specs]
         own = {name: count for name, count in num_slots.items() if name in tables.names}
         wanted.append((specs, tables.grown_config(specs, own, budget is not None)))
@@ -76,17 +65,33 @@ def resize_(
         _become(tables, new)
     for view in views:
         view.resize_()
-    by_tables = {id(tables): planned for tables, planned in zip(chosen, plans, strict=True)}
-    kept = [Plan(tables.specs, tables.config, None, tables.memory(), {}) for tables in groups]
-    return [by_tables.get(id(tables), plan) for tables, plan in zip(groups, kept, strict=True)]
+    planned = {id(tables): plan for tables, plan in zip(chosen, plans, strict=True)}
+    return [planned.get(id(own)) or Plan(own.specs, own.config, None, own.memory(), {}) for own in groups]
 
 
-def _check_form(tables: EmbeddingTables) -> None:
-    shown = ", ".join(tables.names[:3])
-    if tables.is_final:
-        raise IncompatibleStateError(f"tables {shown} are finalized: resize the training form, then finalize it again")
-    if tables.is_sharded:
-        raise IncompatibleStateError(f"rows of {shown} lie in several processes: load what save_sharded saved")
+def _check_request(
+    module: nn.Module,
+    groups: Sequence[EmbeddingTables],
+    sizes: Mapping[str, int],
+    budget: str | float | Budget | None,
+    num_slots: Mapping[str, int],
+) -> None:
+    if not groups:
+        raise NoMatchingTableError(f"{type(module).__name__} has no compressed tables: call compress_ first")
+    if not sizes and not num_slots and budget is None:
+        raise ConfigError("resize_ was told nothing: give sizes={name: ids}, num_slots={name: slots}, or budget=")
+    if num_slots and budget is not None:
+        raise ConfigError("resize_ takes num_slots or a budget that chooses them, not both")
+    names = [name for tables in groups for name in tables.names]
+    for name in (*sizes, *num_slots):
+        if name not in names:
+            raise NoMatchingTableError(f"resize_: no compressed table {name!r}; {did_you_mean(name, names)}")
+    for tables in groups:
+        shown = ", ".join(tables.names[:3])
+        if tables.is_final:
+            raise IncompatibleStateError(f"tables {shown} are finalized: resize the training form, and finalize that")
+        if tables.is_sharded:
+            raise IncompatibleStateError(f"rows of {shown} lie in several processes: load what save_sharded saved")
 
 
 def _grown(spec: TableSpec, sizes: Mapping[str, int]) -> TableSpec:
