@@ -11,7 +11,7 @@ from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 from torchrec.distributed.types import ShardingPlan, ShardingType
 
 from embcomp.errors import ConfigError, did_you_mean
@@ -20,7 +20,8 @@ from embcomp.memory import format_bytes
 from embcomp.sites import find_groups
 from embcomp.swap import groups_of
 
-SHARDINGS = tuple(kind.value for kind in ShardingType)
+SHARDINGS = tuple(EmbeddingCollectionSharder().sharding_types("cpu"))
+"""Ways of cutting a table that TorchRec has for collections of rows."""
 REPLICATED = ShardingType.DATA_PARALLEL.value
 
 
@@ -96,14 +97,22 @@ def plan_sharding(
         local_world_size: processes on one machine; None for all.
 
     Raises:
-        ConfigError: as `shardable_`, and for an unknown way of sharding or name of a table.
+        ConfigError: as `shardable_`, for an unknown way of sharding or name of a table, for numbers of processes that
+            do not go together, and if the planner finds no place for a table.
     """
+    local_world_size = world_size if local_world_size is None else local_world_size
+    _check_processes(world_size, local_world_size)
     for tables in groups_of(model):
         check_shardable(tables)
     wanted = wanted_shardings(model, sharding)
-    planner = make_planner(wanted, world_size, local_world_size or world_size, device)
+    planner = make_planner(wanted, world_size, local_world_size, device)
     replicated = replicated_tables(wanted)
-    plan = planner.plan(_skeleton(model, replicated), [EmbeddingCollectionSharder()])
+    try:
+        plan = planner.plan(_skeleton(model, replicated), [EmbeddingCollectionSharder()])
+    except PlannerError as error:
+        raise ConfigError(
+            f"TorchRec's planner finds no place for the rows in {world_size} processes: {error}"
+        ) from error
     return _reported(model, plan, world_size, replicated)
 
 
@@ -145,6 +154,14 @@ def make_planner(
 
 
 # ---- inside ---------------------------------------------------------------------------------------------------------
+
+
+def _check_processes(world_size: int, local_world_size: int) -> None:
+    if world_size < 1 or not 1 <= local_world_size <= world_size or world_size % local_world_size:
+        raise ConfigError(
+            f"world_size={world_size} and local_world_size={local_world_size}: give the number of processes, at least "
+            "one, and how many of them are on each machine, which must divide it"
+        )
 
 
 def _skeleton(model: nn.Module, replicated: Collection[str]) -> nn.Module:
