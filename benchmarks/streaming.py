@@ -184,16 +184,34 @@ def run(method: str, budget: str, seed: int, given: argparse.Namespace) -> Run:
 
 
 def table(runs: Sequence[Run]) -> list[str]:
-    """The lines of a Markdown table: AUC by quarters of the stream, mean ± standard deviation over seeds."""
-    head = ["method", "budget", "bytes", *(f"AUC, quarter {number}" for number in (1, 2, 3, 4)), "own rows, quarter 4"]
+    """The lines of a Markdown table, by quarters of the stream: mean ± standard deviation over seeds.
+
+    Seeds are streams of their own, which differ more than methods do, so there is a column of differences to ``hash``
+    on the same stream.
+    """
+    head = ["method", "budget", "bytes", *(f"AUC, quarter {number}" for number in (1, 2, 3, 4))]
+    head += ["to hash, quarter 4", "own rows, quarter 4"]
+    plain = {(run.budget, run.seed): _quarters(run.auc)[3] for run in runs if run.method == "hash"}
     rows = []
     for method, budget in dict.fromkeys((run.method, run.budget) for run in runs):
         own = [run for run in runs if (run.method, run.budget) == (method, budget)]
-        quarters = np.array([[part.mean() for part in np.array_split(np.array(run.auc), 4)] for run in own])
-        shown = [f"{mean:.4f} ± {std:.4f}" for mean, std in zip(quarters.mean(0), quarters.std(0), strict=True)]
-        share = np.mean([np.array_split(np.array(run.owned), 4)[3].mean() for run in own])
-        rows.append([method, budget, f"{own[0].serve_bytes:,}", *shown, f"{share:.0%}"])
+        auc = np.array([_quarters(run.auc) for run in own])
+        gains = np.array(
+            [quarters[3] - plain.get((budget, run.seed), np.nan) for run, quarters in zip(own, auc, strict=True)]
+        )
+        share = np.mean([_quarters(run.owned)[3] for run in own])
+        gain = "" if np.isnan(gains).any() else _with_std(gains, "+")
+        rows.append([method, budget, f"{own[0].serve_bytes:,}", *map(_with_std, auc.T), gain, f"{share:.0%}"])
     return markdown_table(head, rows)
+
+
+def _quarters(values: Sequence[float]) -> np.ndarray:
+    return np.array([part.mean() if len(part) else np.nan for part in np.array_split(np.array(values), 4)])
+
+
+def _with_std(values: np.ndarray, sign: str = "") -> str:
+    """The mean over seeds, with its standard deviation where there are several."""
+    return f"{values.mean():{sign}.4f}" + (f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else "")
 
 
 def _most_frequent(ids: Tensor, number: int) -> Tensor:
