@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,10 +110,9 @@ class Plan:
             device: where to; the default device if None. On ``"meta"`` nothing is allocated.
         """
         tables_class = strategy_of(self.config).tables_class
-        if device is not None and torch.device(device).type == "meta":
-            with torch.device("meta"):
-                return tables_class(self.specs, self.config, self.counts)
-        tables = tables_class(self.specs, self.config, self.counts)
+        on_meta = device is not None and torch.device(device).type == "meta"
+        with torch.device("meta") if on_meta else nullcontext():
+            tables = tables_class(self.specs, self.config, self.counts)
         return tables if device is None else tables.to(device)
 
     def __str__(self) -> str:

@@ -53,8 +53,7 @@ def rows_read(planned: Plan) -> int:
         nonlocal total
         total += arguments[0].numel()
 
-    with torch.device("meta"):
-        tables = planned.build("meta").to("meta")  # constants are made on the CPU
+    tables = planned.build("meta")
     for module in tables.modules():
         if isinstance(module, RowStore):
             module.register_forward_pre_hook(count)
