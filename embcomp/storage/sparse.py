@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from embcomp.errors import ConfigError
+from embcomp.row_source import RowSource, ids_of
 from embcomp.storage import bitmap, grids, packing
 from embcomp.storage.base import RowStore, Segment
 from embcomp.storage.dense import DTYPES, DenseRows
@@ -164,27 +165,32 @@ class SparseRows(RowStore):
     # ---- life -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def take_(self, served: RowStore, keep: Callable[[Tensor], Tensor]) -> SparseRows:
-        """Take values over from a store in its serving form.
+    def take_(self, served: RowStore | RowSource, keep: Callable[[Tensor], Tensor]) -> SparseRows:
+        """Take values over from a store in its serving form, or float values from where they are read.
 
         Args:
-            served: what ``finalize()`` of the training form returned, with the same segments.
+            served: what ``finalize()`` of the training form returned, with the same segments; or all float rows.
             keep: which values of rows are kept, int64 ``(N,)`` to bool ``(N, d)``; asked chunk by chunk.
 
         Raises:
             ConfigError: if there are not as many kept values, or more rows with values, than there is room for.
         """
-        if not isinstance(served, DenseRows | PackedRows):
+        if not isinstance(served, DenseRows | PackedRows | RowSource):
             raise TypeError(f"{type(served).__name__} is no serving form that values can be taken from")
-        device = next(iter(served.state_dict().values())).device
+        if isinstance(served, DenseRows):
+            served = RowSource.of(served.weight)
+        device = served.device if isinstance(served, RowSource) else served.codes.device
         if device.type == "meta":
             return self
         values, sizes, columns, words = [], [], [], []
-        for rows in _chunks(self.num_rows, self.dim, device):
+        for part in _chunks(self.num_rows, self.dim):
+            rows = ids_of(part, device)
             kept = keep(rows)
-            read = served.codes_of(rows) if isinstance(served, PackedRows) else served.weight[rows]
-            values.append(read[kept])
-            sizes.append(kept.sum(1))
+            if isinstance(served, PackedRows):
+                values.append(served.codes_of(rows)[kept])
+            else:
+                values.append(served[part][kept].to(self.values.dtype))
+            sizes.append(kept.sum(1, dtype=torch.int32))
             if self.layout == "bitmap":
                 words.append(bitmap.pack_flags(kept.view(-1)))
             else:
@@ -242,8 +248,8 @@ class SparseRows(RowStore):
         return self
 
 
-def _chunks(num_rows: int, dim: int, device: torch.device) -> Iterator[Tensor]:
-    """Row numbers, a multiple of 64 at a time, so that every chunk begins at a word of a bitmap; at least one chunk."""
+def _chunks(num_rows: int, dim: int) -> Iterator[slice]:
+    """Rows, a multiple of 64 at a time, so that every chunk begins at a word of a bitmap; at least one chunk."""
     size = bitmap.WORD * max(1, _CHUNK_VALUES // (bitmap.WORD * dim))
     for start in range(0, max(num_rows, 1), size):
-        yield torch.arange(start, min(start + size, num_rows), device=device)
+        yield slice(start, min(start + size, num_rows))

@@ -12,6 +12,7 @@ from torch import Tensor
 from embcomp.config import StrategyConfig, check_at_least, check_choice, register_strategy
 from embcomp.errors import ConfigError
 from embcomp.phases import PLAIN, Phase
+from embcomp.row_source import RowSource
 from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import RowFormat, make_row_store
 from embcomp.storage.pruned import PrunedRows, make_pruned_store
@@ -85,6 +86,7 @@ class MagnitudeTables(EmbeddingTables):
 
     knob = "values"
     has_zero_vectors = True
+    can_be_streamed = True
     config: MagnitudeConfig
     _starts: Tensor
 
@@ -115,7 +117,7 @@ class MagnitudeTables(EmbeddingTables):
     def reset_parameters(self) -> None:
         self.rows.reset_parameters([spec.init_std for spec in self.specs], self.generator())
 
-    def fit(self, weights: Sequence[Tensor], counts: Sequence[Tensor]) -> None:
+    def fit(self, weights: Sequence[RowSource], counts: Sequence[Tensor]) -> None:
         for start, weight in zip(self.rows.starts(), weights, strict=True):
             self.rows.write_(start, weight)
         if isinstance(self.rows, PrunedRows):
