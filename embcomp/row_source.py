@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-CHUNK_VALUES = 1 << 20
-"""Values that are read at once: 4 MiB of float32."""
+CHUNK_VALUES = 1 << 18
+"""Values that are read at once: 1 MiB of float32, so that what is made of them stays in the cache too."""
 
 Index = slice | Tensor
 """Rows that are read: a slice, or int64 ``(n,)``."""
@@ -26,12 +26,19 @@ class RowSource:
         num_rows: R.
         dim: d.
         device: of what is read.
+        reach: values that are read for a row; None for d.
     """
 
     def __init__(
-        self, read: Callable[[Index], Tensor], num_rows: int, dim: int, device: torch.device | str = "cpu"
+        self,
+        read: Callable[[Index], Tensor],
+        num_rows: int,
+        dim: int,
+        device: torch.device | str = "cpu",
+        reach: int | None = None,
     ) -> None:
         self._read, self.shape, self.device = read, (num_rows, dim), torch.device(device)
+        self.reach = dim if reach is None else reach
 
     @classmethod
     def of(cls, values: Tensor | RowSource) -> RowSource:
@@ -51,7 +58,7 @@ class RowSource:
 
     def chunks(self) -> Iterator[slice]:
         """Slices that cover all rows, of `CHUNK_VALUES` values each."""
-        return chunks(*self.shape)
+        return chunks(len(self), self.reach)
 
     def gathered(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """All rows: ``(R, d)``."""
@@ -68,7 +75,7 @@ class RowSource:
         def read(index: Index) -> Tensor:
             return self[index if isinstance(index, slice) else index.to(self.device)].to(device)
 
-        return RowSource(read, *self.shape, device)
+        return RowSource(read, *self.shape, device, self.reach)
 
     # ---- what is derived --------------------------------------------------------------------------------------------
 
@@ -80,11 +87,11 @@ class RowSource:
                 return self[index.start + start : index.stop + start : index.step]
             return self[index + start]
 
-        return RowSource(read, stop - start, self.shape[1], self.device)
+        return RowSource(read, stop - start, self.shape[1], self.device, self.reach)
 
     def take(self, rows: Tensor) -> RowSource:
         """Rows by number: int64 ``(n,)``."""
-        return RowSource(lambda index: self[rows[index]], len(rows), self.shape[1], self.device)
+        return RowSource(lambda index: self[rows[index]], len(rows), self.shape[1], self.device, self.reach)
 
     def columns(self, start: int, stop: int) -> RowSource:
         """The columns ``start``, …, ``stop - 1``."""
@@ -96,7 +103,7 @@ class RowSource:
 
     def mapped(self, function: Callable[[Tensor], Tensor], dim: int) -> RowSource:
         """Every row by itself as a function has it: float32 ``(n, d)`` to ``(n, dim)``."""
-        return RowSource(lambda index: function(self[index]), len(self), dim, self.device)
+        return RowSource(lambda index: function(self[index]), len(self), dim, self.device, max(dim, self.reach))
 
     def cut(self, width: int) -> RowSource:
         """Rows cut into ``d / width`` rows of ``width`` values each."""
@@ -110,7 +117,7 @@ class RowSource:
             rows = _numbers(index, self.device)
             return self[rows // each].view(-1, each, width)[torch.arange(len(rows), device=self.device), rows % each]
 
-        return RowSource(read, len(self) * each, width, self.device)
+        return RowSource(read, len(self) * each, width, self.device, -(-self.reach // each))
 
     @classmethod
     def joined(cls, sources: Sequence[RowSource]) -> RowSource:
@@ -133,7 +140,7 @@ class RowSource:
                 values[inside] = own[rows[inside] - first]
             return values
 
-        return cls(read, starts[-1], dim, device)
+        return cls(read, starts[-1], dim, device, max(source.reach for source in sources))
 
 
 def chunks(num_rows: int, dim: int) -> Iterator[slice]:

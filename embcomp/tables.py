@@ -381,11 +381,11 @@ class EmbeddingTables(nn.Module):
     # ---- life -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def load_dense_(self, weights: Mapping[str, Tensor], counts: Mapping[str, Tensor] | None = None) -> EmbeddingTables:
+    def load_dense_(self, weights: Mapping[str, Any], counts: Mapping[str, Tensor] | None = None) -> EmbeddingTables:
         """Fit the compressed form to trained tables, as closely as the strategy can.
 
         Args:
-            weights: table name -> float ``(V, D)``, for every table.
+            weights: table name -> float ``(V, D)``, a tensor or a `RowSource`, for every table.
             counts: table name -> ``(V,)`` how often ids occur: errors are weighted by them.
 
         Raises:

@@ -39,7 +39,9 @@ def shared_means(
         total.index_add_(0, own, source[part] * count[part, None])
         mass.index_add_(0, own, count[part])
     mean = total.sum(0) / mass.sum()
-    return torch.where(mass[:, None] > 0, total.div_(mass.clamp_min(1e-30)[:, None]), mean)
+    total.div_(mass.clamp_min(1e-30)[:, None])
+    total[mass == 0] = mean
+    return total
 
 
 def fit_summed_rows(

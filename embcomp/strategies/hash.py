@@ -229,6 +229,9 @@ class HashTables(EmbeddingTables):
                 self.rows.write_(start, weight)
             elif self.combine == "weighted":
                 self._fit_weighted(index, weight, count)
+            elif self.num_hashes == 1:
+                slots = partial(hash_to_range, seeds=self._seeds[index, 0], size=self.num_rows[index])
+                self.rows.write_(start, shared_means(slots, weight, count, self.num_rows[index]))
             else:
                 factor = 1.0 if self.combine == "sum" else 1 / self.num_hashes
                 self.rows.write_(start, self._fit_rows(index, None, partial(self._same_factor, factor), weight, count))

@@ -219,12 +219,12 @@ class MagnitudeTables(EmbeddingTables):
         )
         pads = zip(rows.starts(), self.specs, strict=True)
         rows.last_rows = tuple(start + spec.padding_idx for start, spec in pads if spec.padding_idx is not None)
-        if config.weighted and not rows.weight.is_meta:
+        if config.weighted and not rows.mask.is_meta:
             missing = [name for name in self.names if name not in counts]
             if missing:
                 logger.info("no counts of tables %s: magnitudes are compared unweighted", ", ".join(missing))
             else:
-                rows.importance = self._importance(counts).to(rows.weight.device)
+                rows.importance = self._importance(counts).to(rows.mask.device)
         return rows
 
     def _importance(self, counts: Mapping[str, Tensor]) -> Tensor:
