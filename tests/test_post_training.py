@@ -188,3 +188,16 @@ def run_limited(arguments, limit):
 def test_chunks_are_of_bounded_size():
     source = RowSource.of(torch.zeros(100_000, 64))
     assert {rows.stop - rows.start for rows in source.chunks()} == {CHUNK_VALUES // 64, 100_000 % (CHUNK_VALUES // 64)}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are those of Linux")
+def test_4_gib_are_compressed_within_1_gib(tmp_path):
+    file, rows = tmp_path / "user.npy", 2**24
+    table = np.lib.format.open_memmap(file, "w+", np.float32, (rows, 64))  # a sparse file: nearly all of it is zeros
+    for start in (0, rows // 2, rows - 10_000):
+        table[start : start + 10_000] = np.random.default_rng(start).normal(size=(10_000, 64))
+    del table
+    arguments = [str(file), "--strategy", "hash", "--budget", "1%", "-o", str(tmp_path / "out"), "--json"]
+    found = json.loads(run_limited(arguments, 1024 * MEGABYTE))
+    assert found["float32_bytes"] == 2**32
+    assert 0.98 * 2**32 / 100 < found["serve_bytes"] <= 2**32 / 100
