@@ -17,10 +17,11 @@ from embcomp.storage.base import MatrixRows, rows_are_lent
 
 MEGABYTE = 2**20
 STREAMED = [name for name in list_strategies() if get_strategy(name).tables_class.can_be_streamed]
+TAKE_ROWS = [name for name in STREAMED if name not in ("compact", "quantize")]  # which choose them themselves
 CASES = [
     *((name, {}) for name in STREAMED),
     *((name, {"unseen": "oov_row"}) for name in STREAMED),
-    *((name, {"rows": rows}) for name in STREAMED for rows in ("int8", "int4:table:offset") if name not in ("compact", "quantize")),
+    *((name, {"rows": rows}) for name in TAKE_ROWS for rows in ("int8", "int4:table:offset")),
     ("full", {"rows": "bfloat16:pure"}),
     ("quantize", {"bits": 4, "granularity": "group7"}),
     ("quantize", {"bits": 8, "granularity": "row", "aware": False}),
@@ -180,7 +181,9 @@ def write_tables(path, sizes, dim=32):
 def run_limited(arguments, limit):
     """Run ``embcomp compress`` in a process that may take so many bytes more than it has after its imports."""
     script = Path(__file__).parent / "limited_compress.py"
-    done = subprocess.run([sys.executable, str(script), str(limit), *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script), str(limit), *arguments], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from embcomp.config import StrategyConfig, check_at_least, check_choice, register_strategy
+from embcomp.config import StrategyConfig, check_at_least, check_at_most, check_choice, register_strategy
 from embcomp.errors import ConfigError
 from embcomp.hashing import hash_seed
 from embcomp.memory import MemoryPart
@@ -30,6 +30,7 @@ from embcomp.strategies._partitions import (
 from embcomp.stretches import RowTerm, Stretch
 from embcomp.tables import EmbeddingTables
 
+MOST_PARTS = 256
 COMBINES = ("product", "sum", "concat")
 FACTOR_STD = 0.1
 """Initial spread of the product's factors around one."""
@@ -43,7 +44,7 @@ class CompositionalConfig(StrategyConfig):
         parts: table name -> sizes of its parts such as ``"593x11"``: the first says how many ids in a row differ in
             their first row, the last how many groups of consecutive ids share their last one. Their product is at least
             the number of ids; a single size, the number of ids, keeps the table whole. None to let the budget choose.
-        num_parts: k, rows that make a vector, at least 2.
+        num_parts: k, rows that make a vector, 2 to 256.
         combine: ``"product"`` or ``"sum"`` of the rows, or ``"concat"`` (D / k values from each; k must divide D).
         shuffle: permute ids first, by a fixed bijection, so that neighbours don't share rows. Ids that are sorted by
             frequency need none for the first part, which tells frequent ids apart, but share the rows of the others.
@@ -62,6 +63,7 @@ class CompositionalConfig(StrategyConfig):
         super().__post_init__()
         check_choice(self, "combine", COMBINES)
         check_at_least(self, "num_parts", 2)
+        check_at_most(self, "num_parts", MOST_PARTS)
         check_at_least(self, "allocation_power", 0)
         if not 0 <= self.exempt_share < 1:
             raise ConfigError(f"CompositionalConfig(exempt_share={self.exempt_share!r}): must be in [0, 1)")

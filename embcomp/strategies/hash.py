@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from embcomp.config import StrategyConfig, check_at_least, check_choice, register_strategy
+from embcomp.config import StrategyConfig, check_at_least, check_at_most, check_choice, register_strategy
 from embcomp.errors import ConfigError
 from embcomp.hashing import check_range, hash_seed, hash_to_range
 from embcomp.row_source import RowSource, weighted_mean
@@ -22,6 +22,7 @@ from embcomp.strategies._hash_sizes import importance_format, largest_rows, rows
 from embcomp.stretches import RowTerm, Stretch
 from embcomp.tables import EmbeddingTables
 
+MOST_HASHES = 256
 COMBINES = ("sum", "mean", "concat", "weighted")
 _FIT_STEPS = 8
 _FIT_ROUNDS = 3
@@ -34,7 +35,7 @@ class HashConfig(StrategyConfig):
     Attributes:
         num_rows: table name -> R, rows of D values, at most its number of ids, and then each id has its own row; None
             to let the budget choose.
-        num_hashes: H, hash functions per table.
+        num_hashes: H, hash functions per table, at most 256.
         combine: how the H rows of an id make its vector: ``"sum"``, ``"mean"``, ``"concat"`` (D / H values from each,
             so H must divide D; each hash function has R such rows to itself), or ``"weighted"``, a sum with learned
             importance weights.
@@ -55,6 +56,7 @@ class HashConfig(StrategyConfig):
         super().__post_init__()
         check_choice(self, "combine", COMBINES)
         check_at_least(self, "num_hashes", 1)
+        check_at_most(self, "num_hashes", MOST_HASHES)
         check_at_least(self, "allocation_power", 0)
         check_at_least(self, "buckets_per_row", 1)
         if not 0 <= self.exempt_share < 1:
