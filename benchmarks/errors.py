@@ -11,3 +11,7 @@ class ResultError(EmbcompError, ValueError):
 
 class OverrideError(EmbcompError, ValueError):
     """The command line of a sweep names something that does not exist, or a budget that can't be."""
+
+
+class DistributedError(EmbcompError, RuntimeError):
+    """A run in several processes failed."""

@@ -21,6 +21,7 @@ from embcomp.errors import (
     SpecError,
     UnseenIdError,
 )
+from embcomp.growth import resize_
 from embcomp.io import from_pretrained, load_pretrained_, load_tables, save_pretrained
 from embcomp.memory import MemoryReport, format_bytes
 from embcomp.planning import plan_groups
@@ -69,6 +70,7 @@ __all__ = [
     "plan",
     "plan_groups",
     "register_strategy",
+    "resize_",
     "save_pretrained",
     "to_dense",
     *_strategy_names,

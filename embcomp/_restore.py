@@ -49,6 +49,10 @@ def saved_groups(checkpoint: Checkpoint) -> list[SavedGroup]:
             name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)
         }
         compare_states(empty.state_dict(), state, checkpoint.weights_file, prefix, dtypes=True)
+        try:
+            empty.check_state(state)
+        except IncompatibleStateError as error:
+            raise IncompatibleStateError(f"{checkpoint.weights_file} contradicts itself: {error}") from error
         groups.append(SavedGroup(prefix, get(raw, "frozen", bool, file), empty, state))
     if not groups:
         raise IncompatibleStateError(f"{file} describes no group of tables")

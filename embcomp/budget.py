@@ -106,9 +106,12 @@ class Plan:
         """Build the tables.
 
         Args:
-            device: where to; the default device if None.
+            device: where to; the default device if None. On ``"meta"`` nothing is allocated.
         """
         tables_class = strategy_of(self.config).tables_class
+        if device is not None and torch.device(device).type == "meta":
+            with torch.device("meta"):
+                return tables_class(self.specs, self.config, self.counts)
         tables = tables_class(self.specs, self.config, self.counts)
         return tables if device is None else tables.to(device)
 

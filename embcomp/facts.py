@@ -54,7 +54,7 @@ def rows_read(planned: Plan) -> int:
         total += arguments[0].numel()
 
     with torch.device("meta"):
-        tables = planned.build("meta")
+        tables = planned.build("meta").to("meta")  # constants are made on the CPU
     for module in tables.modules():
         if isinstance(module, RowStore):
             module.register_forward_pre_hook(count)

@@ -149,6 +149,22 @@ class MixedTables(EmbeddingTables):
                 [counts[table][start:stop] for table, start, stop in own],
             )
 
+    def take_rows_(self, old: EmbeddingTables) -> None:
+        assert isinstance(old, MixedTables)
+        for index, (spec, ids) in enumerate(zip(self.specs, self.num_ids, strict=True)):
+            (part, number), (other, own) = self._home(index), old._home(index)
+            if type(part) is not type(other) or part.config != other.config:
+                raise self.no_growth(f"keeps {spec.name!r} in another way with {spec.num_embeddings} ids than before")
+            part.take_table_(number, other, own, ids - spec.num_embeddings)
+
+    def _home(self, table: int) -> tuple[EmbeddingTables, int]:
+        """The part that keeps a table whole, and the table's number there."""
+        for part, own in zip(self.parts, self._by_part, strict=True):
+            for number, (owner, start, stop) in enumerate(own):
+                if owner == table and (start, stop) == (0, self.num_ids[table]):
+                    return part, number
+        raise self.no_growth(f"cuts {self.names[table]!r} into pieces")
+
     def _build(self, own: Sequence[Piece]) -> EmbeddingTables:
         specs = []
         for piece in own:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from embcomp.budget import Budget, Plan
 from embcomp.config import StrategyConfig, config_to_json
 from embcomp.errors import ConfigError, NoMatchingTableError, SpecError, did_you_mean
+from embcomp.growth import resize_
 from embcomp.integrations import fuse_collections
 from embcomp.memory import MemoryReport, format_bytes, sum_reports
 from embcomp.planning import plan_groups
@@ -19,6 +20,7 @@ from embcomp.reporting import format_rows, table_rows
 from embcomp.sites import Fields, Filter, Patterns, Site, attach, choose, find_groups, find_sites, home_of, owner_path
 from embcomp.specs import TableSpec
 from embcomp.tables import EmbeddingTables
+from embcomp.training.reassigned import reset_rows_
 
 if TYPE_CHECKING:
     from embcomp.training.search import FrontPoint
@@ -54,6 +56,32 @@ class Compression:
     def penalty(self) -> Tensor:
         """The strategies' own loss terms, a float32 scalar to add to the training loss."""
         return torch.stack([tables.penalty() for tables in self.tables]).sum()
+
+    def step_(self, *optimizers: torch.optim.Optimizer) -> None:
+        """After a step of the optimizers: what strategies do then; ``dynamic`` counts ids and gives rows to others.
+
+        Args:
+            optimizers: all that train the tables; of rows that went to other ids they remember nothing afterwards.
+        """
+        for tables in self.tables:
+            tables.step_()
+        reset_rows_(self.tables, *optimizers)
+
+    def resize_(
+        self,
+        sizes: Mapping[str, int] | None = None,
+        budget: str | float | Budget | None = None,
+        num_slots: Mapping[str, int] | None = None,
+    ) -> Compression:
+        """Give tables more ids, in place, and keep trained rows; make optimizers anew. See `embcomp.resize_`.
+
+        Returns:
+            The handle of the same model with the new plans.
+        """
+        planned = resize_(self.model, sizes, budget, num_slots)
+        groups = find_groups(self.model).values()
+        plans = {id(tables): plan for tables, plan in zip(groups, planned, strict=True)}
+        return replace(self, plans=tuple(plans[id(tables)] for tables in self.tables))
 
     def finalize_(self) -> Compression:
         """Turn all groups into their serving form, in place."""

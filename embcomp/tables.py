@@ -200,8 +200,24 @@ class EmbeddingTables(nn.Module):
     def set_pass_(self, name: str) -> None:
         """Switch lookups to one of the phase's ``passes``."""
 
+    def seen_(self, ids: Tensor, table: Tensor | int | None, blank: Tensor | None) -> None:
+        """Note the ids of a lookup in training, with gradients; for strategies that count them.
+
+        Args:
+            ids: int64 ``(...)``, as `lookup` gets them.
+            table: as in `lookup`.
+            blank: bool ``(...)``, ids whose vectors are zero whatever is stored; None for none.
+        """
+
     def step_(self) -> None:
         """What is to be done after every step of the optimizers."""
+
+    def reassigned_(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Rows that went to other ids since this was asked last: parameter, and int64 ``(n,)`` rows of it.
+
+        The optimizer's state of these rows is that of other ids: `embcomp.training.reset_rows_` clears it.
+        """
+        return []
 
     def make_search(self) -> Search:
         """What chooses among candidates in a phase of kind ``"search"``."""
@@ -236,6 +252,57 @@ class EmbeddingTables(nn.Module):
         """Values that are stored for each id alone, int64 ``(V,)``, 0 to D; None where ids share what is stored."""
         return None
 
+    # ---- what strategies that keep rows of tables that grow write ----------------------------------------------------
+
+    def grown_config(self, specs: Sequence[TableSpec], num_slots: Mapping[str, int], is_open: bool) -> Any:
+        """The config of the same tables with more ids, for `embcomp.resize_`: whatever has a size keeps it.
+
+        Args:
+            specs: as they will be.
+            num_slots: table name -> slots that are asked for.
+            is_open: whether a budget will choose the number of slots.
+
+        Raises:
+            ConfigError: if trained rows can't be kept.
+        """
+        if num_slots:
+            raise ConfigError(
+                f"resize_: tables of strategy {strategy_of(self.config).name!r} have no slots, those of 'dynamic' do: "
+                f"leave {', '.join(num_slots)} out of num_slots"
+            )
+        return self._grown_config(specs)
+
+    def _grown_config(self, specs: Sequence[TableSpec]) -> Any:
+        raise self.no_growth("keeps ids in ways that depend on how many there are")
+
+    def take_rows_(self, old: EmbeddingTables) -> None:
+        """Take over the trained rows of the same tables with fewer ids, whose `grown_config` this has.
+
+        Raises:
+            ConfigError: if they can't be kept.
+        """
+        for index, (spec, ids) in enumerate(zip(self.specs, self.num_ids, strict=True)):
+            self.take_table_(index, old, index, ids - spec.num_embeddings)
+
+    def take_table_(self, index: int, old: Any, own: int, last: int) -> None:
+        """Take over the trained rows of one table.
+
+        Args:
+            index: of the table.
+            old: a group of the same class, that keeps the table with fewer ids.
+            own: index of the table there.
+            last: how many ids stay behind all others: 1 where there is an OOV id, else 0.
+        """
+        raise NotImplementedError
+
+    def no_growth(self, why: str) -> ConfigError:
+        """The error for tables whose trained rows can't be kept when they grow."""
+        return ConfigError(
+            f"strategy {strategy_of(self.config).name!r} (tables {self._some_names()}) {why}, so trained rows can't be "
+            "kept in tables that grow: take to_dense(), add rows for the new ids, plan tables of the new sizes, and "
+            "load_dense_ the rows into them; or use unseen='hash' from the start, which takes new ids as they are"
+        )
+
     # ---- lookups ----------------------------------------------------------------------------------------------------
 
     def forward(self, ids: Tensor, table: Tensor | int | str | None = None) -> Tensor:
@@ -253,9 +320,13 @@ class EmbeddingTables(nn.Module):
             UnseenIdError: if ``unseen="error"`` and an id is outside its table.
             InputError: if ids or table have the wrong dtype, device or shape.
         """
-        ids, column = self._checked(ids, table)
-        ids, blank = self._apply_unseen(ids, column)
-        vectors = self.lookup(ids, column)
+        return self._vectors(*self._checked(ids, table), is_seen=self.training and torch.is_grad_enabled())
+
+    def _vectors(self, ids: Tensor, table: Tensor | int | None, is_seen: bool) -> Tensor:
+        ids, blank = self._apply_unseen(ids, table)
+        if is_seen:
+            self.seen_(ids, table, blank)
+        vectors = self.lookup(ids, table)
         if blank is not None:
             vectors = vectors.masked_fill(blank.unsqueeze(-1), 0.0)
         return vectors
@@ -302,8 +373,9 @@ class EmbeddingTables(nn.Module):
         index = self.index_of(table)
         if ids is None:
             ids = torch.arange(self.specs[index].num_embeddings, device=self._sizes.device)
-        chunks = [self(chunk, index) for chunk in ids.split(CHUNK)]
-        return torch.cat(chunks) if chunks else self(ids, index)
+        ids, _ = self._checked(ids, index)
+        chunks = [self._vectors(chunk, index, is_seen=False) for chunk in ids.split(CHUNK)]
+        return torch.cat(chunks)
 
     def scores(self, table: int | str, queries: Tensor, chunk: int | None = None) -> Tensor:
         """Inner products with every row of a table, ``queries @ materialize(table).T``, without all rows at once.
@@ -474,6 +546,13 @@ class EmbeddingTables(nn.Module):
             f"({report.ratio:.2%} of float32), rows={self.config.rows!r}, unseen={self.config.unseen!r}"
         )
 
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Check what names, shapes and dtypes of a state can't say, for strategies that choose rows by ids.
+
+        Raises:
+            IncompatibleStateError: if the state contradicts itself.
+        """
+
     # ---- inside -----------------------------------------------------------------------------------------------------
 
     def _frequency_of(self, spec: TableSpec, known: Knowledge) -> Tensor:
@@ -523,6 +602,8 @@ class EmbeddingTables(nn.Module):
             return None
         ids, column = self._checked(ids, table)
         ids, _ = self._apply_unseen(ids, column)
+        if self.training and torch.is_grad_enabled():
+            self.seen_(ids, column, None)
         found = self.stored_rows(ids, column)
         return None if found is None else found[0].pool(found[1], column, bounds, mode, weights)
 

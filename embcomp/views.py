@@ -115,6 +115,10 @@ class TableView(nn.Module):
             for name, values in (("_starts", starts), ("_owners", self._columns)):
                 self.register_buffer(name, torch.tensor(values, device="cpu").to(device), persistent=False)
 
+    def resize_(self) -> None:
+        """See how many ids the table has by now; for views of a single one."""
+        self.num_embeddings = self.tables.specs[self._columns[0]].num_embeddings
+
     @property
     def tables(self) -> EmbeddingTables:
         """The group that owns the parameters."""
@@ -243,6 +247,11 @@ class TiedLinear(TableView):
         self.in_features, self.out_features = self.embedding_dim, self.num_embeddings
         self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
+
+    def resize_(self) -> None:
+        """See how many ids the table has by now."""
+        super().resize_()
+        self.out_features = self.num_embeddings
 
     def forward(self, input: Tensor) -> Tensor:
         """Score: float ``(..., D)`` to ``(..., V)``."""

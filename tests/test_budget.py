@@ -8,7 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embcomp import Budget, BudgetError, ConfigError, FullConfig, ReducedDimConfig, SpecError, TableSpec, plan
+from embcomp import (
+    Budget,
+    BudgetError,
+    ConfigError,
+    FullConfig,
+    ReducedDimConfig,
+    SpecError,
+    TableSpec,
+    build_tables,
+    plan,
+)
 from embcomp.budget import measure
 
 SPECS = (TableSpec("user", 1000, 16), TableSpec("flag", 2, 16), TableSpec("item", 300, 16))
@@ -156,3 +166,9 @@ class TestPlan:
 
     def test_builds_on_a_device(self):
         assert plan(SPECS, FullConfig()).build("meta").rows.weight.is_meta
+
+
+def test_on_meta_nothing_is_allocated():
+    tables = build_tables([TableSpec("user", 10**12, 64)], "full", device="meta")
+    assert tables.memory().serve_bytes == 4 * 64 * 10**12
+    assert all(parameter.is_meta for parameter in tables.parameters())

@@ -192,6 +192,40 @@ class MatrixRows(RowStore):
         found: Tensor = self.elsewhere(rows, segment)
         return found
 
+    @torch.no_grad()
+    def put_(self, rows: Tensor, values: Tensor) -> None:
+        """Overwrite some rows, different ones, int64 ``(n,)``, with float ``(n, d)``."""
+        self.weight.index_copy_(0, rows, values.to(self.weight.dtype))
+
+    @torch.no_grad()
+    def take_segment_(self, segment: int, other: MatrixRows, own: int, last: int = 0, blocks: int = 1) -> None:
+        """Take over a segment of another store, scales included.
+
+        Args:
+            segment: of this store, with as many rows or more.
+            other: a store of the same format.
+            own: its segment.
+            last: how many rows, at its end, become the last ones of this segment; the others become the first ones.
+            blocks: that a segment consists of, all of one size, for which this holds one by one.
+
+        Raises:
+            ConfigError: as `take_scales_`.
+        """
+        size, old_size = self.segments[segment] // blocks, other.segments[own] // blocks
+        for block in range(blocks):
+            start, old_start = self.starts()[segment] + block * size, other.starts()[own] + block * old_size
+            rows = other.weight[old_start : old_start + old_size]
+            self.write_(start, rows[: old_size - last])
+            self.write_(start + size - last, rows[old_size - last :])
+        self.take_scales_(segment, other, own)
+
+    def take_scales_(self, segment: int, other: MatrixRows, own: int) -> None:
+        """Take over what is learned for a segment of another store beside its rows.
+
+        Raises:
+            ConfigError: if rows of several segments share it.
+        """
+
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and self.__dict__["_modules"].get("elsewhere") is not None:
             raise IncompatibleStateError(
@@ -199,3 +233,14 @@ class MatrixRows(RowStore):
                 "nothing else: load what save_sharded saved to do more"
             )
         return super().__getattr__(name)
+
+
+def as_matrix(store: RowStore) -> MatrixRows:
+    """A store that is trained, as the matrix that it is.
+
+    Raises:
+        IncompatibleStateError: if it is a serving form.
+    """
+    if not isinstance(store, MatrixRows):
+        raise IncompatibleStateError(f"{type(store).__name__} is a serving form: its rows can't be written any more")
+    return store

@@ -78,6 +78,9 @@ class DenseRows(MatrixRows):
         for start, rows, deviation in zip(self.starts(), self.segments, std, strict=True):
             self.weight[start : start + rows].normal_(0.0, deviation, generator=generator)
 
+    def take_scales_(self, segment: int, other: MatrixRows, own: int) -> None:
+        self.rounding = bool(getattr(other, "rounding", True))
+
     def set_rounding(self, enabled: bool) -> None:
         self.rounding = enabled
 

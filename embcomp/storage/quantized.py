@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from embcomp.errors import IncompatibleStateError
+from embcomp.errors import ConfigError, IncompatibleStateError
 from embcomp.storage import fitting, grids
 from embcomp.storage.base import MatrixRows, RowStore, Segment
 from embcomp.storage.formats import RowFormat
@@ -86,6 +86,20 @@ class QuantizedRows(MatrixRows):
             self.span.copy_(grids.span_of(step, self.bits).expand_as(self.span))
         if self.offset is not None:
             self.offset.zero_()
+
+    @torch.no_grad()
+    def take_scales_(self, segment: int, other: MatrixRows, own: int) -> None:
+        assert isinstance(other, QuantizedRows)
+        self.rounding = other.rounding
+        for mine, theirs in ((self.span, other.span), (self.offset, other.offset)):
+            if mine is None or theirs is None:
+                continue
+            if self.row_format.granularity == "group":
+                raise ConfigError(
+                    f"rows='{self.row_format}': groups of rows with one scale change when rows come between them; take "
+                    f"'{self.row_format.kind}:column' for tables that grow"
+                )
+            mine[segment] = theirs[own]
 
     @torch.no_grad()
     def fit_scales_(self) -> None:

@@ -15,6 +15,7 @@ from embcomp.hashing import hash_seed, hash_to_range
 from embcomp.row_source import RowSource, ids_of
 from embcomp.specs import TableSpec
 from embcomp.storage import Ids, make_row_store
+from embcomp.storage.base import as_matrix
 from embcomp.stretches import RowTerm, Stretch
 from embcomp.tables import EmbeddingTables
 
@@ -107,6 +108,12 @@ class ProjectedTables(EmbeddingTables):
         self.rows.reset_parameters([spec.init_std for spec in self.specs], generator)
         if self.config.projection == "linear" and not self.projection.is_meta:
             self.projection.normal_(0.0, self.dim**-0.5, generator=generator)
+
+    @torch.no_grad()
+    def take_table_(self, index: int, old: ProjectedTables, own: int, last: int) -> None:
+        as_matrix(self.rows).take_segment_(index, as_matrix(old.rows), own, last)
+        if self.config.projection == "linear":
+            self.projection[index] = old.projection[own]
 
     def fit(self, weights: Sequence[RowSource], counts: Sequence[Tensor]) -> None:
         for index, (start, weight, count) in enumerate(zip(self.rows.starts(), weights, counts, strict=True)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from embcomp.hashing import check_range, hash_seed, hash_to_range
 from embcomp.row_source import RowSource, ids_of
 from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import make_row_store
+from embcomp.storage.base import as_matrix
 from embcomp.strategies._allocation import check_table_names
 from embcomp.strategies._fitting import shared_means
 from embcomp.strategies._frequency_sizes import complete_sizes, most_frequent, row_range
@@ -151,6 +152,19 @@ class FrequencyCutTables(EmbeddingTables):
 
         in_tail = torch.cat([~self.remap(ids_of(part, weight.device), index)[0] for part in weight.chunks()])
         return shared_means(slots, weight, count * in_tail, self.num_tail[index])
+
+    def _grown_config(self, specs: Sequence[TableSpec]) -> FrequencyCutConfig:
+        kept = dict(self.config.num_kept or {})
+        for spec, ids, whole in zip(specs, self.num_ids, self.is_whole, strict=True):
+            if whole:
+                kept[spec.name] = ids + spec.num_embeddings - self.specs[self.index_of(spec.name)].num_embeddings
+        return replace(self.config, num_kept=kept)
+
+    def take_table_(self, index: int, old: FrequencyCutTables, own: int, last: int) -> None:
+        as_matrix(self.rows).take_segment_(index, as_matrix(old.rows), own, last if self.is_whole[index] else 0)
+        if self.is_remapped[index]:
+            ids = torch.arange(old.specs[own].num_embeddings, device=old._sizes.device)
+            self.remap.keep_(index, ids[old.remap(ids, own)[0]])
 
     # ---- sizes ------------------------------------------------------------------------------------------------------
 

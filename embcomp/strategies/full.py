@@ -13,6 +13,7 @@ from embcomp.config import StrategyConfig, register_strategy
 from embcomp.row_source import RowSource
 from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import RowStore, make_row_store
+from embcomp.storage.base import as_matrix
 from embcomp.stretches import Stretch
 from embcomp.tables import EmbeddingTables
 
@@ -33,6 +34,7 @@ class FullTables(EmbeddingTables):
     knob_is_fine = False
     can_be_sharded = True
     can_be_streamed = True
+    config: FullConfig
     _starts: Tensor
 
     def __init__(
@@ -63,6 +65,12 @@ class FullTables(EmbeddingTables):
     def fit(self, weights: Sequence[RowSource], counts: Sequence[Tensor]) -> None:
         for start, weight in zip(self.rows.starts(), weights, strict=True):
             self.rows.write_(start, weight)
+
+    def _grown_config(self, specs: Sequence[TableSpec]) -> StrategyConfig:
+        return self.config
+
+    def take_table_(self, index: int, old: FullTables, own: int, last: int) -> None:
+        as_matrix(self.rows).take_segment_(index, as_matrix(old.rows), own, last)
 
     @classmethod
     def size_range(cls, specs: Sequence[TableSpec], config: FullConfig, known: Knowledge) -> tuple[int, int]:

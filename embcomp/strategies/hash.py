@@ -16,6 +16,7 @@ from embcomp.hashing import check_range, hash_seed, hash_to_range
 from embcomp.row_source import RowSource, weighted_mean
 from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import RowStore, make_row_store
+from embcomp.storage.base import as_matrix
 from embcomp.strategies._allocation import allocate_rows, check_table_names
 from embcomp.strategies._fitting import Factors, fit_importance, fit_summed_rows, shared_means
 from embcomp.strategies._hash_sizes import importance_format, largest_rows, rows_worth, smallest_rows, width_of
@@ -280,6 +281,23 @@ class HashTables(EmbeddingTables):
             rows = self._fit_rows(index, rows, factors, weight, count)
         self.importance.write_(start, importance)
         self.rows.write_(self.rows.starts()[index], rows)
+
+    def _grown_config(self, specs: Sequence[TableSpec]) -> HashConfig:
+        rows, oov = dict(self.config.num_rows or {}), int(self.config.unseen == "oov_row")
+        for index, spec in enumerate(specs):
+            ids, buckets = spec.num_embeddings + oov, self.config.buckets_per_row * rows[spec.name]
+            if self._owners["rows"][index]:
+                rows[spec.name] = ids
+            elif self.combine == "weighted" and self._owners["buckets"][index] and buckets < ids:
+                raise self.no_growth(f"would no longer have importance weights for each id of {spec.name!r}")
+        return replace(self.config, num_rows=rows)
+
+    def take_table_(self, index: int, old: HashTables, own: int, last: int) -> None:
+        kept, blocks = last if self._owners["rows"][index] else 0, self.num_hashes if self.combine == "concat" else 1
+        as_matrix(self.rows).take_segment_(index, as_matrix(old.rows), own, kept, blocks)
+        if self.combine == "weighted":
+            kept = last if self._owners["buckets"][index] else 0
+            as_matrix(self.importance).take_segment_(index, as_matrix(old.importance), own, kept)
 
     # ---- sizes ------------------------------------------------------------------------------------------------------
 

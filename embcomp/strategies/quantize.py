@@ -75,6 +75,10 @@ class QuantizeTables(MixedTables):
             for index, (spec, rows) in enumerate(zip(self.specs, self.num_ids, strict=True))
         ]
 
+    def _grown_config(self, specs: Sequence[TableSpec]) -> QuantizeConfig:
+        config: QuantizeConfig = self.config
+        return config
+
     @classmethod
     def size_range(cls, specs: Sequence[TableSpec], config: QuantizeConfig, known: Knowledge) -> tuple[int, int]:
         if config.bits is not None:

@@ -53,6 +53,10 @@ class ReducedDimTables(MixedTables):
             for index, (spec, rows) in enumerate(zip(self.specs, self.num_ids, strict=True))
         ]
 
+    def _grown_config(self, specs: Sequence[TableSpec]) -> ReducedDimConfig:
+        config: ReducedDimConfig = self.config
+        return config
+
     @classmethod
     def size_range(cls, specs: Sequence[TableSpec], config: ReducedDimConfig, known: Knowledge) -> tuple[int, int]:
         return (1, specs[0].embedding_dim) if config.dim is None else (config.dim, config.dim)

@@ -2,6 +2,7 @@
 
 from embcomp.phases import Phase
 from embcomp.training.evolution import Evolution
+from embcomp.training.reassigned import reset_rows_
 from embcomp.training.rowwise_adagrad import RowwiseAdagrad
 from embcomp.training.run import Phases
 from embcomp.training.search import Candidate, Search
@@ -16,4 +17,5 @@ __all__ = [
     "Search",
     "SearchLoop",
     "SearchResult",
+    "reset_rows_",
 ]

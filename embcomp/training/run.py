@@ -17,6 +17,7 @@ from embcomp.phases import PLAIN, Phase
 from embcomp.sites import find_groups
 from embcomp.tables import EmbeddingTables
 from embcomp.training.batch_norms import unmoved
+from embcomp.training.reassigned import reset_rows_
 from embcomp.training.search import Search
 from embcomp.training.searching import Evaluate, EvaluateMany, Report, SearchLoop, SearchResult
 
@@ -168,13 +169,19 @@ class Phases:
             tables.set_pass_(passes[0])
         return torch.stack(losses).mean()
 
-    def step_(self) -> None:
-        """After the loop's optimizer: the step of architecture parameters, and what strategies do after one."""
+    def step_(self, *optimizers: torch.optim.Optimizer) -> None:
+        """After the loop's optimizers: the step of architecture parameters, and what strategies do after one.
+
+        Args:
+            optimizers: the loop's; of rows that went to other ids they remember nothing afterwards. Strategies other
+                than ``dynamic`` need none.
+        """
         if self._optimizer is not None and not self.phase.bilevel:
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
         for tables in self.groups:
             tables.step_()
+        reset_rows_(self.groups, *optimizers)
 
     def architecture_step_(self, predict: Predict, loss: Loss) -> None:
         """In a bilevel phase, after `step_`: a step of the architecture parameters alone, on a validation batch."""

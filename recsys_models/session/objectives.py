@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from embcomp.scoring import Negatives, NegativeSampler, cross_entropy, sampled_cross_entropy
-from embcomp.scoring.sampled import KINDS
 from torch import Tensor, nn
 
 from embcomp.config import check_at_least, check_choice, check_field_types
 from embcomp.errors import ConfigError
+from embcomp.scoring import Negatives, NegativeSampler, cross_entropy, sampled_cross_entropy
+from embcomp.scoring.sampled import KINDS
 from recsys_models.session.encoders import Examples
 from recsys_models.session.items import Items
 from recsys_models.session.layers import inside

@@ -155,7 +155,7 @@ class Run:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.phases.step_()
+        self.phases.step_(*self.optimizers)
         if self.upper is not None:
             self._upper_step(self.upper)
         return losses[0].detach()

@@ -116,6 +116,7 @@ def test_a_plan_says_the_bytes_of_each_rank_before_anything_is_started():
     ("sharding_of", "message"),
     [
         ("row_wize", "did you mean 'row_wise'"),
+        ("table_row_wise", "did you mean 'table_wise'"),
         ({"user": "row_wise"}, "no stored table 'user'"),
         ({"group0_rows_user": "data_parallel"}, "are one matrix"),
     ],
@@ -123,6 +124,23 @@ def test_a_plan_says_the_bytes_of_each_rank_before_anything_is_started():
 def test_wrong_ways_of_sharding(sharding_of, message):
     with pytest.raises(ConfigError, match=message):
         sharding.plan_sharding(model_of("hash", 6), 2, sharding_of)
+
+
+@pytest.mark.parametrize(("world_size", "local"), [(0, None), (-2, None), (4, 3), (2, 4), (4, 0)])
+def test_numbers_of_processes_that_do_not_go_together(world_size, local):
+    with pytest.raises(ConfigError, match=f"world_size={world_size} .* must divide it"):
+        sharding.plan_sharding(model_of("hash", 6), world_size, local_world_size=local)
+
+
+def test_a_number_of_processes_that_does_not_divide_the_rows():
+    report = sharding.plan_sharding(embcomp.build_tables([TableSpec("a", 7, 8)]), 3, "row_wise")
+    assert [shard.rows for shard in report.shards] == [(0, 3), (3, 6), (6, 7)]
+
+
+def test_tables_that_no_process_has_room_for():
+    tables = embcomp.plan([TableSpec("a", 10**12, 64)], "full").build(device="meta")
+    with pytest.raises(ConfigError, match="finds no place for the rows in 2 processes"):
+        sharding.plan_sharding(tables, 2)
 
 
 def test_stored_tables_have_names_of_their_own():

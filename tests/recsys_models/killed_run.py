@@ -1,4 +1,4 @@
-"""A training run that can be killed on the way, in a process of its own: ``python -m … FOLDER "step 25"``."""
+"""A training run that can be killed on the way, in a process of its own: ``python -m … FOLDER "step 25" full``."""
 
 import os
 import signal
@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+from embcomp import DynamicConfig, FullConfig
 from recsys_models.training import Callback, TrainingConfig, checkpoint, fit
 from tests.recsys_models.tiny import tiny_log, tiny_model
 
@@ -19,6 +20,12 @@ CONFIG = TrainingConfig(
     patience=None,
     device="cpu",
 )
+
+
+STRATEGIES = {
+    "full": FullConfig(),
+    "dynamic": DynamicConfig(num_slots={"f0": 20, "f1": 6, "f2": 2}, interval=3, admission="probability"),
+}
 
 
 def die():
@@ -48,7 +55,7 @@ def die_while_writing(number):
     checkpoint.save_file = save_or_die
 
 
-def run(folder, where="step 0"):
+def run(folder, where="step 0", strategy="full"):
     """Train, from the checkpoint if there is one; return the result and the final weights."""
     what, number = where.split()
     if what == "write":
@@ -56,7 +63,7 @@ def run(folder, where="step 0"):
     torch.set_num_threads(1)
     torch.manual_seed(7)
     data = tiny_log(num_dense=1)
-    model = tiny_model(data, dropout=0.2, batch_norm=True)
+    model = tiny_model(data, strategy=STRATEGIES[strategy], dropout=0.2, batch_norm=True)
     killer = Killer(int(number) if what == "step" else 0)
     result = fit(model, data, CONFIG, checkpoint_dir=folder, resume=True, callbacks=[killer])
     return result, model.state_dict()

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from embcomp.scoring import MatrixScorer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from embcomp.errors import InputError
+from embcomp.scoring import MatrixScorer
 from recsys_models.ranking import evaluate_cases, rank_cases, ranking_metrics, sliced_metrics, slices_of
 from tests.recsys_models.session.tiny import NUM_ITEMS, tiny_log, tiny_model
 

@@ -305,15 +305,16 @@ def test_what_does_not_go_with_sparse_rows():
 # ---- killed and resumed --------------------------------------------------------------------------------------------
 
 
-def test_killed_and_resumed_gives_the_same_weights_bit_for_bit(tmp_path):
-    whole, whole_weights = killed_run.run(tmp_path / "whole")
+@pytest.mark.parametrize("strategy", killed_run.STRATEGIES)
+def test_killed_and_resumed_gives_the_same_weights_bit_for_bit(tmp_path, strategy):
+    whole, whole_weights = killed_run.run(tmp_path / "whole", strategy=strategy)
     assert not all(evaluation.improved for evaluation in whole.history)  # so best and last weights differ
     for where in ("write 2", "step 25"):  # half way through writing the second checkpoint; in the third epoch
-        command = [sys.executable, "-m", killed_run.__name__, str(tmp_path / "killed"), where]
+        command = [sys.executable, "-m", killed_run.__name__, str(tmp_path / "killed"), where, strategy]
         root = Path(__file__).parents[2]
         killed = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=root)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
-    resumed, weights = killed_run.run(tmp_path / "killed")
+    resumed, weights = killed_run.run(tmp_path / "killed", strategy=strategy)
     assert resumed.history == whole.history
     assert resumed.steps == whole.steps == 40
     assert_same(weights, whole_weights)

@@ -1,0 +1,150 @@
+"""Compressed models under TorchRec's ``DistributedModelParallel``, and saving them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.optim import _apply_optimizer_in_backward
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardedTensor, ShardingEnv
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from embcomp.errors import ConfigError, IncompatibleStateError, did_you_mean
+from embcomp.integrations.sharding.plans import make_planner, replicated_tables, wanted_shardings
+from embcomp.integrations.sharding.rows import ShardableRows, shardable_, stores_of
+from embcomp.io import write_pretrained
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adagrad": torch.optim.Adagrad,
+    "rowwise_adagrad": RowWiseAdagrad,
+    "adam": torch.optim.Adam,
+}
+"""Name -> optimizer of the rows; TorchRec runs it fused with the backward pass."""
+
+
+def distribute(
+    model: nn.Module,
+    optimizer: str = "rowwise_adagrad",
+    learning_rate: float = 0.01,
+    sharding: str | Mapping[str, str] | None = None,
+    device: torch.device | str = "cpu",
+    group: dist.ProcessGroup | None = None,
+    **options: Any,
+) -> DistributedModelParallel:
+    """Shard the compressed tables of a model over the processes of a group; called in each of them.
+
+    All processes must hold the same model: build it from one seed, or load it from one folder.
+
+    Args:
+        model: with compressed tables.
+        optimizer: of their rows, one of `OPTIMIZERS`. With ``"rowwise_adagrad"``, parts of a table that is cut by
+            column have accumulators of their own, which TorchRec does not add up: losses are a little other then.
+        learning_rate: of it.
+        sharding: see `plan_sharding`.
+        device: of this process.
+        group: None for the default one.
+        options: of the optimizer, such as ``eps``.
+
+    Returns:
+        the model to train, whose ``dense_parameters`` need an optimizer of their own.
+
+    Raises:
+        ConfigError: as `plan_sharding`, for an unknown optimizer, or where there is no process group.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise ConfigError(f"optimizer={optimizer!r}; {did_you_mean(optimizer, OPTIMIZERS)}")
+    if not dist.is_available() or not dist.is_initialized():
+        raise ConfigError(
+            "there is no process group: start the script by torchrun, and call torch.distributed.init_process_group "
+            "('gloo', or 'nccl' on GPUs) first"
+        )
+    group = group or dist.group.WORLD
+    assert group is not None
+    wanted = wanted_shardings(model, sharding)
+    shardable_(model, replicated_tables(wanted))
+    for _, store, _ in stores_of(model):
+        store.processes, rows = group.size(), store.elsewhere
+        if isinstance(rows, ShardableRows):
+            rate = learning_rate
+            if optimizer == "rowwise_adagrad":  # whose mean of squares is over the columns that fill rows up too
+                rate *= (rows.dim / rows.width) ** 0.5
+            _apply_optimizer_in_backward(OPTIMIZERS[optimizer], rows.parameters(), {"lr": rate, **options})
+    device = torch.device(device)
+    planner = make_planner(wanted, group.size(), _local_world_size(group), device.type)
+    sharders: list[Any] = [EmbeddingCollectionSharder()]
+    plan = planner.collective_plan(model, sharders, group)
+    return DistributedModelParallel(
+        model, env=ShardingEnv.from_process_group(group), device=device, plan=plan, sharders=sharders
+    )
+
+
+def dense_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters that need an optimizer: all but the rows that are sharded, which the backward pass updates.
+
+    Rows that are replicated are among them.
+    """
+    for parameter in model.parameters():
+        if not hasattr(parameter, "_in_backward_optimizers") and parameter.requires_grad:
+            yield parameter
+
+
+def save_sharded(model: DistributedModelParallel, folder: str | Path, group: dist.ProcessGroup | None = None) -> None:
+    """Save a distributed model as `save_pretrained` would save it undistributed; called in every process.
+
+    The first process gathers the rows and writes; the others wait. Loading needs no process group, and any number of
+    processes can go on with it: ``load_pretrained_(fresh_model, folder)``, then `distribute`.
+
+    Args:
+        model: what `distribute` returned.
+        folder: one that the first process can write to.
+        group: that the model is distributed over; None for the default one.
+
+    Raises:
+        IncompatibleStateError: in every process, if the first could not write.
+    """
+    state = _gathered(model, group)
+    problem: list[str | None] = [None]
+    if dist.get_rank(group) == 0:
+        try:
+            write_pretrained(model.module, folder, state)
+        except Exception as error:  # the others wait: all are to hear of it
+            problem = [f"{type(error).__name__}: {error}"]
+    dist.broadcast_object_list(problem, 0, group)
+    if problem[0] is not None:
+        raise IncompatibleStateError(f"{folder} was not saved: {problem[0]}")
+
+
+# ---- inside ---------------------------------------------------------------------------------------------------------
+
+
+def _local_world_size(group: dist.ProcessGroup) -> int:
+    return min(group.size(), int(os.environ.get("LOCAL_WORLD_SIZE", group.size())))
+
+
+def _gathered(model: DistributedModelParallel, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
+    """The model's state as if it were in one process; in the first process, and nothing in the others."""
+    first = dist.get_rank(group) == 0
+    state = {name: _whole(value, first) for name, value in model.state_dict().items()}
+    for path, rows in model.module.named_modules():
+        if isinstance(rows, ShardableRows):
+            prefix = f"{path}.collection.embeddings."
+            parts = [state.pop(f"{prefix}{name}.weight") for name in rows.names]
+            if first:
+                state[f"{path.rpartition('.')[0]}.weight"] = torch.cat([part[:, : rows.dim] for part in parts])
+    return state if first else {}
+
+
+def _whole(value: Any, first: bool) -> Tensor:
+    if not isinstance(value, ShardedTensor):
+        return value
+    whole = torch.empty(value.size()) if first else None
+    value.gather(0, whole)
+    return torch.empty(0) if whole is None else whole

@@ -1,0 +1,39 @@
+"""Optimizer state of rows that went to other ids: it begins anew, as the rows did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from embcomp.tables import EmbeddingTables
+
+
+@torch.no_grad()
+def reset_rows_(groups: Iterable[EmbeddingTables], *optimizers: torch.optim.Optimizer) -> None:
+    """Clear what optimizers remember of rows that went to other ids since this was called last.
+
+    Of a parameter with R rows, every state tensor whose first dimension is R is one of rows: moments, accumulators,
+    row-wise or not. Those rows become zero, or the ``initial_accumulator_value`` of the parameter's group. Numbers of
+    steps stay, since other rows share them. `Compression.step_` and `Phases.step_` call this for their optimizers.
+
+    Args:
+        groups: tables, after their ``step_``.
+        optimizers: all that train them; of other parameters nothing is touched.
+    """
+    for tables in groups:
+        for parameter, rows in tables.reassigned_():
+            for optimizer in optimizers:
+                state = optimizer.state.get(parameter, {})
+                for name, tensor in state.items():
+                    if isinstance(tensor, Tensor) and tensor.shape[:1] == parameter.shape[:1]:
+                        tensor[rows.to(tensor.device)] = _first_value(optimizer, parameter, name)
+
+
+def _first_value(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str) -> float:
+    """Where a state tensor starts: Adagrad's sums, row-wise or not, have a value of their own."""
+    group: dict[str, Any] = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    return float(group.get("initial_accumulator_value", 0.0)) if name == "sum" else 0.0

@@ -1,0 +1,520 @@
+"""The mathematics of ``dynamic``: who gets a slot, what becomes of rows and their optimizer state, what is saved."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import embcomp
+from embcomp import ConfigError, DynamicConfig, IncompatibleStateError, InputError, TableSpec, build_tables, plan
+from embcomp.io import write_pretrained
+from embcomp.strategies._dynamic_history import History, Lookups
+from embcomp.strategies._dynamic_map import EMPTY, IdMap
+from embcomp.training import Phases, RowwiseAdagrad, reset_rows_
+from tests.strategies.dynamic_reference import Reference
+
+SLOTS = {"user": 12, "item": 5}
+EXTREMES = (-(2**63), 2**63 - 1, 2**63 - 2, -1, 0)
+POLICIES = ("lfu", "lru", "distance_lfu", "ttl")
+ADMISSIONS = ("always", "count", "probability")
+
+
+def make_tables(slots=None, dim=4, fallback=2, sizes=None, init_std=1.0, **options):
+    slots = slots or SLOTS
+    specs = [TableSpec(name, (sizes or {}).get(name, 100), dim, init_std=init_std) for name in slots]
+    options = {"unseen": "hash", "interval": 4, **options}
+    return build_tables(specs, DynamicConfig(num_slots=slots, num_fallback=dict.fromkeys(slots, fallback), **options))
+
+
+def stream(steps, seed=0, batch=9, tables=2):
+    """Raw 64-bit ids whose frequent ones drift, some of them extreme: int64 ``(B, T)`` each."""
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        rank = torch.rand(batch, tables, generator=generator).pow(3).mul(30).long()
+        ids = (rank + step // 3) * 7_046_029_254_386_353 - 2**62
+        ids[0] = EXTREMES[step % len(EXTREMES)]
+        yield ids
+
+
+def train(tables, ids, *optimizers):
+    tables(ids).square().sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    tables.step_()
+    reset_rows_([tables], *optimizers)
+
+
+def slots_of(tables, table):
+    places = tables.residents.map
+    start, stop = places.starts[table], places.starts[table] + places.num_slots[table]
+    rows = torch.stack([places.ids, places.slots, places.counts, places.last])[:, start:stop].T
+    return {value: rest for value, *rest in rows.tolist() if value != EMPTY}
+
+
+# ---- who gets a slot -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("admission", ADMISSIONS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_residents_are_those_of_the_reference_slot_for_slot(policy, admission):
+    tables = make_tables(policy=policy, admission=admission, ttl=5, admit_probability=0.4, decay=0.7, history=20.0)
+    references = [Reference(name, slots, tables.config) for name, slots in SLOTS.items()]
+    changes = 0
+    for ids in stream(80):
+        before = tables.residents_of("user").tolist()
+        train(tables, ids)
+        for column, reference in enumerate(references):
+            reference.step(ids[:, column].tolist())
+            assert slots_of(tables, column) == reference.residents
+        changes += bool(before) and before != tables.residents_of("user").tolist()
+    assert changes >= 3
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 12), max_size=8), min_size=1, max_size=12),
+    st.sampled_from(POLICIES),
+    st.integers(1, 6),
+)
+def test_any_ids_and_any_number_of_slots(batches, policy, slots):
+    tables = make_tables({"user": slots}, policy=policy, interval=2, ttl=1, history=50.0)
+    reference = Reference("user", slots, tables.config)
+    for ids in batches:
+        train(tables, torch.tensor(ids, dtype=torch.int64)[:, None])
+        reference.step(ids)
+        assert slots_of(tables, 0) == reference.residents
+
+
+def test_several_lookups_of_a_step_count_together_whatever_way_the_table_is_given():
+    ids = torch.tensor([[3, 30], [3, 31], [4, 30]])
+    whole, parts = make_tables(interval=1), make_tables(interval=1)
+    train(whole, ids)
+    parts(ids[:, 0], "user").sum().backward()
+    parts.bag(ids[:1, 1:], None, "item").sum().backward()
+    parts(ids[1:, 1], torch.tensor([1, 1])).sum().backward()
+    parts.step_()
+    assert [slots_of(parts, table) for table in (0, 1)] == [slots_of(whole, table) for table in (0, 1)]
+    assert slots_of(whole, 0)[3][1:] == [2, 1]
+
+
+def test_only_training_lookups_with_gradients_are_counted():
+    tables = make_tables(interval=1)
+    ids = torch.tensor([[3, 30]])
+    with torch.no_grad():
+        tables(ids)
+    tables.materialize("user").sum().backward()
+    tables.scores("user", torch.ones(1, 4))
+    tables.eval()(ids)
+    tables.train().step_()
+    assert not len(tables.residents_of("user"))
+    tables.requires_grad_(False)
+    tables(ids)
+    tables.step_()
+    assert int(tables.residents.clock) == 1  # nor do steps count in which the rows are frozen
+    tables.requires_grad_(True)
+    train(tables, ids)
+    assert tables.residents_of("user").tolist() == [3]
+
+
+def test_padding_blank_and_unseen_ids_take_no_slot():
+    specs = [TableSpec("user", 50, 4, padding_idx=0)]
+    sizes = {"num_slots": {"user": 4}, "num_fallback": {"user": 2}, "interval": 1}
+    for unseen in ("zero", "oov_row", "hash"):
+        tables = build_tables(specs, DynamicConfig(unseen=unseen, **sizes))
+        train(tables, torch.tensor([0, 7, 60, -3]))
+        wanted = [-3, 7, 60] if unseen == "hash" else [7]
+        assert tables.residents_of("user").tolist() == wanted
+    weights = {"user": torch.randn(50, 4)}
+    tables.load_dense_(weights, {"user": torch.arange(50, 0, -1)})
+    assert tables.residents_of("user").tolist() == [1, 2, 3, 4]
+
+
+def test_known_counts_give_slots_to_the_most_frequent_ids():
+    counts = torch.zeros(100, dtype=torch.long)
+    counts[torch.tensor([90, 7, 50])] = torch.tensor([5, 9, 1])
+    tables = build_tables([TableSpec("user", 100, 16)], DynamicConfig(num_slots={"user": 2}), counts={"user": counts})
+    assert slots_of(tables, 0).keys() == {7, 90}
+    assert slots_of(tables, 0)[7][1] == 9
+    assert tables.residents_of("user").tolist() == [7, 90]
+
+
+def test_a_history_that_is_full_keeps_the_best_of_each_table():
+    history = History([2, 1])  # six entries
+
+    def add(step, *pairs):
+        table, ids = torch.tensor(pairs).T
+        ones = torch.ones_like(ids)
+        history.add_(Lookups(table, ids, ones, ones * step).merged(), lambda counts, last: counts.double())
+
+    add(1, (0, 1), (0, 1), (0, 2), (0, 3), (1, 1), (1, 9))
+    add(2, (0, 3))
+    assert int(history.filled) == 6
+    add(3, (0, 4), (0, 3), (1, 9))  # merged: 1 twice, 2 once, 3 three times, 4 once; 1 once, 9 twice
+    assert int(history.filled) == 3
+    found = history.take_()
+    assert [values.tolist() for values in found] == [[0, 0, 1], [1, 3, 9], [2, 3, 2], [1, 3, 3]]
+    assert not len(history.take_().ids)
+
+
+# ---- the map -------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sets(st.integers(-(2**63), 2**63 - 2), max_size=9), min_size=1, max_size=4), st.integers(0, 3))
+def test_lookups_in_the_map_are_exact(members, spare):
+    places = IdMap([len(ids) + spare for ids in members])
+    if places.total == 0:
+        return
+    for table, ids in enumerate(members):
+        own = torch.tensor(sorted(ids, reverse=True), dtype=torch.int64)
+        where = places.starts[table] + torch.arange(len(own))
+        places.replace_(where, own, torch.ones_like(own), torch.ones_like(own))
+    asked = torch.tensor(sorted({value + d for ids in members for value in ids for d in (0, 1)} | {0, EMPTY}))
+    for table, ids in enumerate(members):
+        if places.num_slots[table]:
+            found, slots = places(asked, table)
+            again, same = places(asked, torch.full_like(asked, table))
+            assert found.tolist() == again.tolist() == [value in ids for value in asked.tolist()]
+            assert torch.equal(slots[found], same[found])
+            assert len(set(slots[found].tolist())) == len(ids)
+
+
+def test_one_id_in_two_tables_has_two_rows():
+    tables = make_tables({"user": 3, "item": 3}, interval=1)
+    for ids in ([[5, 5]], [[6, 5]]):
+        train(tables, torch.tensor(ids))
+    assert not torch.equal(*tables(torch.tensor([5, 5]), torch.tensor([0, 1])).detach())
+    assert tables.residents_of("item").tolist() == [5]
+
+
+# ---- rows and optimizer state --------------------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    "adam": lambda params: torch.optim.Adam(params, lr=0.1),
+    "fused adam": lambda params: torch.optim.Adam(params, lr=0.1, fused=True),
+    "amsgrad": lambda params: torch.optim.Adam(params, lr=0.1, amsgrad=True),
+    "momentum": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+    "adagrad": lambda params: torch.optim.Adagrad(params, lr=0.1, initial_accumulator_value=0.25),
+    "rowwise_adagrad": lambda params: RowwiseAdagrad(params, lr=0.1, initial_accumulator_value=0.25),
+    "sparse adam": lambda params: torch.optim.SparseAdam(params, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_stale_state_does_not_move_a_row_that_went_to_another_id(name):
+    rowwise = name in ("rowwise_adagrad", "sparse adam")
+    tables = make_tables({"user": 1}, policy="lru", interval=2, sparse=rowwise)
+    optimizer = OPTIMIZERS[name](list(tables.parameters()))
+    for value in (7, 7, 7):
+        train(tables, torch.tensor([[value]]), optimizer)
+    state = optimizer.state[tables.rows.weight]
+    used = {key: t.clone() for key, t in state.items() if isinstance(t, torch.Tensor) and t.dim()}
+    train(tables, torch.tensor([[8]]), optimizer)  # id 8 takes the slot of id 7
+    assert tables.residents_of("user").tolist() == [8]
+    first = 0.25 if "adagrad" in name else 0.0
+    for key, before in used.items():
+        assert before[0].ne(first).all(), f"{key} was never used"
+        assert state[key][0].eq(first).all(), key
+        assert state[key][1:].ne(first).any(), f"{key} of other rows is gone too"
+    if not rowwise:
+        row = tables.rows.weight[0].detach().clone()
+        train(tables, torch.tensor([[9]]), optimizer)  # a gradient for fallback rows alone
+        assert torch.equal(tables.rows.weight[0], row)
+
+
+def test_without_the_reset_stale_momentum_does_move_it():
+    tables = make_tables({"user": 1}, policy="lru", interval=2)
+    optimizer = OPTIMIZERS["momentum"](tables.parameters())
+    for value in (7, 7, 7, 8, 9):
+        row = tables.rows.weight[0].detach().clone()
+        tables(torch.tensor([[value]])).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        tables.step_()
+    assert not torch.equal(tables.rows.weight[0], row)
+    rows = dict(tables.reassigned_())[tables.rows.weight]
+    assert rows.tolist() == [0]
+    assert tables.reassigned_() == []
+
+
+def test_a_new_resident_begins_with_a_drawn_row_or_with_the_row_it_shared():
+    drawn = make_tables({"user": 4000}, dim=8, init_std=0.3, interval=1)
+    before = drawn.rows.weight.detach().clone()
+    train(drawn, torch.arange(2000)[:, None])
+    values = drawn(torch.arange(2000)[:, None]).detach()
+    assert values.std().item() == pytest.approx(0.3, rel=0.05)
+    assert len(values.unique(dim=0).view(-1, 8)) == 2000
+    assert len(torch.cat([values.view(-1, 8), before]).unique(dim=0)) == 2000 + 4002  # none of those that were there
+
+    kept = make_tables({"user": 4}, interval=1, start="fallback")
+    ids = torch.tensor([[3], [-9]])
+    shared = kept(ids).detach()
+    train(kept, ids)
+    assert kept.residents_of("user").tolist() == [-9, 3]
+    assert torch.equal(kept(ids), shared)
+
+
+def test_phases_and_the_handle_reset_what_a_loop_hands_over():
+    for way in ("phases", "handle"):
+        model = torch.nn.ModuleDict({"user": torch.nn.Embedding(100, 4)})
+        config = DynamicConfig(num_slots={"user": 1}, num_fallback={"user": 1}, unseen="hash", policy="lru", interval=2)
+        handle = embcomp.compress_(model, config, verbose=False)
+        phases, optimizer = Phases(model), torch.optim.Adam(handle.parameters())
+        for value in (7, 7, 7, 8):
+            model["user"](torch.tensor([value])).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            (phases if way == "phases" else handle).step_(optimizer)
+        (tables,) = handle.tables
+        state = optimizer.state[tables.rows.weight]
+        assert state["exp_avg"][0].eq(0).all()
+        assert state["exp_avg"][1].ne(0).all()
+
+
+# ---- forms, checkpoints --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", ["float32", "bfloat16", "int8", "int4:row:after", "int2:column", "int8:table"])
+def test_what_is_served_is_what_was_evaluated(rows):
+    tables = make_tables(dim=16, rows=rows, interval=3)
+    optimizer = torch.optim.SGD(tables.parameters(), lr=0.01)
+    for ids in stream(20):
+        train(tables, ids, optimizer)
+    asked = torch.cat(list(stream(30)))
+    wanted = tables.eval()(asked).detach()
+    final = tables.finalize()
+    assert final.residents.map.state_dict().keys() == {"ids"}
+    tolerance = (
+        {"rtol": 0.1, "atol": 0.1 * wanted.abs().max().item()} if "after" in rows else {"rtol": 1e-5, "atol": 1e-6}
+    )
+    torch.testing.assert_close(final(asked), wanted, **tolerance)
+    serve = sum(tensor.nbytes for tensor in final.state_dict().values())
+    assert serve == final.memory().serve_bytes == tables.memory().serve_bytes
+    ids = final.memory().by_table()
+    assert set(ids) == {"user", "item"}
+    assert torch.equal(final.residents_of("user"), tables.residents_of("user"))
+
+
+def test_a_state_goes_on_as_if_nothing_had_happened():
+    tables, batches = make_tables(policy="distance_lfu", admission="probability"), list(stream(40))
+    optimizer = torch.optim.Adagrad(tables.parameters(), lr=0.1)
+    for ids in batches[:18]:  # in the middle of an interval
+        train(tables, ids, optimizer)
+    resumed = make_tables(policy="distance_lfu", admission="probability")
+    again = torch.optim.Adagrad(resumed.parameters(), lr=0.1)
+    resumed.load_state_dict(tables.state_dict())
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for ids in batches[18:]:
+        train(tables, ids, optimizer)
+        train(resumed, ids, again)
+    for name, tensor in tables.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+def test_the_training_form_is_saved_and_loaded(tmp_path):
+    tables = make_tables()
+    for ids in stream(10):
+        train(tables, ids)
+    loaded = embcomp.from_pretrained(embcomp.save_pretrained(tables, tmp_path))
+    for ids in stream(10, seed=1):
+        train(tables, ids)
+        train(loaded, ids)
+    assert torch.equal(loaded.rows.weight, tables.rows.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value", "message"),
+    [
+        ("map.ids", 0, 2**62, "not sorted"),
+        ("map.ids", 1, None, "there twice"),
+        ("map.slots", 0, None, "not there once each"),
+        ("map.slots", 0, 99, "not there once each"),
+        ("history.filled", (), 10**6, "contradicts itself"),
+        ("history.entries", (0, 0), 7, "contradicts itself"),
+    ],
+)
+@pytest.mark.parametrize("way", ["state", "folder"])
+def test_a_checkpoint_that_contradicts_itself_changes_nothing(tmp_path, name, index, value, message, way):
+    tables = make_tables()
+    for ids in stream(10):
+        train(tables, ids)
+    state = {key: tensor.clone() for key, tensor in tables.state_dict().items()}
+    damaged = state[f"residents.{name}"]
+    damaged[index] = damaged[1 - index] if value is None else value
+    fresh = make_tables()
+    before = {key: tensor.clone() for key, tensor in fresh.state_dict().items()}
+    if way == "state":
+        with pytest.raises(IncompatibleStateError, match=message):
+            fresh.load_state_dict(state)
+    else:
+        write_pretrained(tables, tmp_path, state)
+        with pytest.raises(IncompatibleStateError, match=message):
+            embcomp.load_tables(tmp_path)
+    assert all(torch.equal(fresh.state_dict()[key], tensor) for key, tensor in before.items())
+
+
+def test_rows_that_can_not_be_served_leave_the_training_form_as_it_was():
+    tables = make_tables(rows="int8", interval=1)
+    for ids in stream(5):
+        train(tables, ids)
+    asked = torch.cat(list(stream(8)))
+    before = tables.eval()(asked).detach()
+    with torch.no_grad():
+        kept = tables.rows.weight[-1].clone()
+        tables.rows.weight[-1] = math.nan
+    with pytest.raises(IncompatibleStateError, match="did training diverge"):
+        tables.finalize_()
+    with torch.no_grad():
+        tables.rows.weight[-1] = kept
+    assert torch.equal(tables(asked).detach(), before)
+    train(tables.train(), asked)
+
+
+def test_compiled_training_counts_too():
+    eager, compiled = make_tables(interval=2), make_tables(interval=2)
+    call = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for ids in stream(6):
+        train(eager, ids)
+        call(ids).square().sum().backward()
+        compiled.step_()
+    torch.compiler.reset()
+    assert [slots_of(compiled, table) for table in (0, 1)] == [slots_of(eager, table) for table in (0, 1)]
+
+
+def test_an_export_in_training_mode_counts_nothing():
+    tables = make_tables(interval=1)
+    program = torch.export.export(tables, (torch.tensor([[3, 30]]),))
+    asked = torch.tensor([[5, 50]])
+    torch.testing.assert_close(program.module()(asked), tables.eval()(asked))
+    tables.train().step_()
+    assert not len(tables.residents_of("user"))
+
+
+def test_a_loop_without_steps_is_told_and_does_not_fill_the_memory(caplog):
+    tables = make_tables(interval=1)
+    for ids in [*stream(400)] * 2:
+        tables(ids)
+    assert "call handle.step_(optimizer)" in caplog.text
+    assert len(caplog.records) == 1
+    assert len(tables.residents._waiting) < 256
+
+
+def test_ids_that_the_caller_writes_to_afterwards_were_counted_as_they_were():
+    tables = make_tables(interval=1)
+    ids = torch.tensor([[3, 30]])
+    tables(ids).sum().backward()
+    ids.fill_(4)
+    tables.step_()
+    assert tables.residents_of("user").tolist() == [3]
+
+
+# ---- sizes and bad input -------------------------------------------------------------------------------------------
+
+
+def test_a_slot_costs_its_row_and_eight_bytes():
+    tables = make_tables({"user": 10}, dim=16, fallback=3)
+    assert tables.memory().serve_bytes == 10 * (64 + 8) + 3 * 64
+    (history,) = [part for part in tables.memory().parts if part.name == "history"]
+    assert history.serve_bytes == 0
+    assert history.train_bytes == 16 + 64 * 10
+
+
+def test_open_ids_are_never_taken_for_numbers_below_v():
+    specs = [TableSpec("user", 10_000, 16)]
+    closed = plan(specs, DynamicConfig(rows="int8:column"), "100%").config
+    assert closed.num_slots == {"user": 10_000}
+    assert closed.num_fallback == {"user": 0}
+    opened = plan(specs, DynamicConfig(rows="int8:column", unseen="hash"), "100%").config
+    assert 9_900 <= opened.num_slots["user"] <= 10_000
+    assert opened.num_fallback["user"] > 400
+
+
+def test_small_tables_keep_all_their_ids():
+    specs = [TableSpec("user", 10_000, 16), TableSpec("flag", 2, 16), TableSpec("country", 30, 16)]
+    config = plan(specs, "dynamic", "10%").config
+    assert config.num_fallback["flag"] == config.num_fallback["country"] == 0
+    assert config.num_slots["country"] == 30
+    assert config.num_fallback["user"] == pytest.approx(0.05 * (config.num_slots["user"] / 0.95), abs=1)
+
+
+def test_fallback_rows_follow_given_slots_and_slots_given_fallback_rows():
+    specs = [TableSpec("user", 10_000, 16)]
+    assert plan(specs, DynamicConfig(num_slots={"user": 190})).config.num_fallback == {"user": 10}
+    given = plan(specs, DynamicConfig(num_fallback={"user": 7}), "10%")
+    assert given.config.num_fallback == {"user": 7}
+    assert given.report.serve_bytes > 0.98 * 64_000
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"policy": "lfuu"}, "did you mean 'lfu'"),
+        ({"admission": "never"}, "Allowed: always, count, probability"),
+        ({"start": "zero"}, "Allowed: fallback, random"),
+        ({"decay": math.nan}, "decay=nan"),
+        ({"decay": -0.5}, "at least 0"),
+        ({"decay": math.inf}, "finite"),
+        ({"ttl": 0}, "ttl=0"),
+        ({"interval": 0}, "interval=0"),
+        ({"interval": 2.5}, "must be int"),
+        ({"min_count": 0}, "min_count=0"),
+        ({"admit_probability": 0.0}, "above 0, at most 1"),
+        ({"admit_probability": math.nan}, "above 0, at most 1"),
+        ({"history": 0.0}, "above 0, and finite"),
+        ({"history": math.inf}, "above 0, and finite"),
+        ({"history": math.nan}, "above 0, and finite"),
+        ({"fallback_share": 1.0}, "below 1"),
+        ({"fallback_share": math.nan}, "below 1"),
+        ({"exempt_share": math.nan}, r"in \[0, 1\)"),
+        ({"rows": "int4:group64"}, "groups"),
+    ],
+)
+def test_wrong_configs(values, message):
+    with pytest.raises(ConfigError, match=message):
+        DynamicConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_slots": {"user": 0}}, "'user': 0.*in \\[1, 50\\]"),
+        ({"num_slots": {"user": 51}}, "'user': 51"),
+        ({"num_slots": {"user": 0}, "unseen": "hash"}, "at least 1"),
+        ({"num_slots": {"user": 5}, "num_fallback": {"user": -1}}, "at least 1"),
+        ({"num_slots": {"user": 5}, "num_fallback": {"user": 0}}, "at least 1, or 0 where"),
+        ({"num_slots": {"usr": 5}}, "did you mean 'user'"),
+        ({"num_slots": {"user": 5}, "num_fallback": {"user": 2**31}}, "hashing into"),
+    ],
+)
+def test_wrong_sizes(values, message):
+    with pytest.raises(ConfigError, match=message):
+        build_tables([TableSpec("user", 50, 4)], DynamicConfig(**values))
+
+
+def test_ids_of_the_wrong_kind():
+    tables = make_tables()
+    for ids in (torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.bool), torch.zeros(2, 2, dtype=torch.uint8)):
+        with pytest.raises(InputError, match="int64"):
+            tables(ids)
+    tables.step_()
+    assert not len(tables.residents_of("user"))
+
+
+def test_steps_after_finalizing_do_nothing():
+    tables = make_tables().finalize_()
+    tables.train()(torch.tensor([[1, 2]]))
+    tables.step_()
+    tables.compete_()
+    assert tables.reassigned_() == []
+
+
+def test_it_can_not_be_sharded_and_says_so():
+    sharding = pytest.importorskip("embcomp.integrations.sharding")
+    model = torch.nn.ModuleDict({"user": torch.nn.Embedding(100, 4)})
+    embcomp.compress_(model, DynamicConfig(num_slots={"user": 10}), verbose=False)
+    with pytest.raises(ConfigError, match=r"'dynamic'.*one process"):
+        sharding.plan_sharding(model, 2)
