@@ -65,6 +65,8 @@ def compress(given: argparse.Namespace) -> Found:
         raise ConfigError(f"--memory {given.memory}: give bytes, such as 8GiB")
     if given.output.exists() and not given.output.is_dir():
         raise InputError(f"{given.output} is a file: -o takes a folder, which may be a checkpoint that is replaced")
+    if given.output.resolve() == given.weights.resolve().parent:
+        raise InputError(f"{given.weights} lies in {given.output}, where checkpoints are replaced: give another folder")
     with _progress() as watch:
         read = weights.read_weights(given.weights, given.table, watch)
         specs = [TableSpec(name, *rows.shape) for name, rows in read.tables.items()]

@@ -62,16 +62,9 @@ def read_weights(path: Path, patterns: list[str], watch: _Watch = lambda size: N
         raise SpecError(f"{path}: files that end with {path.suffix!r} are not known; trained tables come from {HELP}")
     try:
         found = opener(path)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RuntimeError,
-        EOFError,
-        SafetensorError,
-        UnpicklingError,
-    ) as error:
+    except SpecError:
+        raise
+    except _UNREADABLE as error:
         raise SpecError(f"{path} can't be read: {error}; trained tables come from {HELP}") from error
     left_out = {name: problem for name, own in found.items() if (problem := own.problem())}
     chosen = _chosen(path, found, left_out, patterns)
@@ -113,7 +106,9 @@ class _Found:
         """Why it is no table."""
         if len(self.shape) != 2:
             return f"no matrix, its shape is {self.shape}"
-        return None if self.is_float and all(self.shape) else "no floats" if all(self.shape) else "empty"
+        if not all(self.shape):
+            return "empty"
+        return None if self.is_float else "no dense matrix of floats"
 
     @property
     def source(self) -> RowSource:
@@ -178,7 +173,8 @@ def _open_torch(path: Path) -> dict[str, _Found]:
 
 
 def _of_tensor(tensor: Tensor) -> _Found:
-    return _Found(tuple(tensor.shape), tensor.is_floating_point(), tensor.detach().__getitem__)
+    is_dense = tensor.layout is torch.strided and not tensor.is_meta
+    return _Found(tuple(tensor.shape), is_dense and tensor.is_floating_point(), tensor.detach().__getitem__)
 
 
 _OPENERS: dict[str, Callable[[Path], dict[str, _Found]]] = {

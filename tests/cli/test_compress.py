@@ -159,7 +159,7 @@ def broken(tmp_path, name):
     elif name == "list.pt":
         torch.save([rows], path)
     elif name == "ints.pt":
-        torch.save({"a": rows.long(), "b": torch.zeros(3, 0)}, path)
+        torch.save({"a": rows.long(), "b": torch.zeros(3, 0), "c": rows.to_sparse()}, path)
     elif name == "twice.pt":
         torch.save({"a": rows, "a.weight": rows}, path)
     elif name == "nan.npy":
@@ -190,7 +190,10 @@ def broken(tmp_path, name):
         ("code.pt", "can't be read"),
         ("list.pt", "holds a list"),
         ("model.pt", "looks like the state of a whole model: say which"),
-        ("ints.pt", "no float matrix (V, D); it has a (no floats), b (empty)"),
+        (
+            "ints.pt",
+            "no float matrix (V, D); it has a (no dense matrix of floats), b (empty), c (no dense",
+        ),
         ("twice.pt", "two are one table's"),
         ("nan.npy", "are not all finite: see rows 0 to 19"),
         ("vector.npy", "no matrix, its shape is (20,)"),
@@ -205,6 +208,21 @@ def test_files_that_are_no_tables_are_told(tmp_path, run, name, message):
     assert message in error
     assert name in error or "'nan'" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_the_tables_is_no_output(tmp_path, file, run):
+    code, _, error = run(file, "--budget", "10%", output=".")
+    assert code == 2
+    assert "give another folder" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == [file.name]
+
+
+def test_tables_of_one_id_and_of_one_dimension(tmp_path, run):
+    save_file({"one": torch.ones(1, 16), "thin": torch.randn(500, 1)}, tmp_path / "w.safetensors")
+    for strategy in embcomp.list_strategies():
+        options = ("--set", "rows=float16") if strategy == "full" else ("--budget", "100%")
+        assert run(tmp_path / "w.safetensors", "--strategy", strategy, *options)[0] == 0, strategy
+        assert set(loaded(tmp_path)) == {"one", "thin"}
 
 
 def test_an_output_that_is_a_file_is_refused_first(tmp_path, file, run):
