@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import reprlib
 import secrets
 import time
 from collections.abc import Mapping
@@ -20,7 +21,9 @@ from embcomp.errors import IncompatibleStateError
 
 CONFIG = "embcomp_config.json"
 FORMAT = "embcomp"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+SEAL = "config_sha256"
+"""The key of the digest of all else in the config; there from format version 2 on."""
 TEMPORARY = ".embcomp-"
 LEFT_OVER = 3600
 """Seconds after which a file that no config names is taken for what a killed save left behind."""
@@ -67,7 +70,7 @@ def write_checkpoint(folder: Path, content: Mapping[str, Any], tensors: Mapping[
         _sync(folder)
         head = {"format": FORMAT, "format_version": FORMAT_VERSION, "embcomp_version": __version__}
         named = {"weights": {"file": weights.name, "bytes": size, "sha256": digest}}
-        text = json.dumps(head | named | dict(content), indent=2, allow_nan=False)
+        text = json.dumps(sealed(head | named | dict(content)), indent=2, allow_nan=False)
         older = _named_weights(folder)
         _replace_text(folder / CONFIG, text + "\n", temporary)
         _write_card(folder / "README.md", card, temporary)
@@ -75,6 +78,13 @@ def write_checkpoint(folder: Path, content: Mapping[str, Any], tensors: Mapping[
     finally:
         temporary.unlink(missing_ok=True)
     return folder
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a config with the digest that tells whether any of it was changed."""
+    plain = {key: value for key, value in content.items() if key != SEAL}
+    text = json.dumps(plain, separators=(",", ":"), allow_nan=False)
+    return plain | {SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -96,7 +106,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     except (SafetensorError, OSError) as error:
         raise IncompatibleStateError(f"{file} is not a safetensors file: {error}") from error
     for name, same in get(content, "aliases", dict, config_file).items():
-        if same not in tensors:
+        if not isinstance(same, str) or same not in tensors:
             raise IncompatibleStateError(f"{config_file}: {name!r} is said to equal {same!r}, which {file} lacks")
         tensors[name] = tensors[same]
     return Checkpoint(config_file, file, content, tensors)
@@ -110,7 +120,7 @@ def get(content: Any, key: str, kind: type[_Kind], file: Path) -> _Kind:
     """
     value = content.get(key) if isinstance(content, dict) else None
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise IncompatibleStateError(f"{file}: {key!r} must be a {kind.__name__}, found {value!r}")
+        raise IncompatibleStateError(f"{file}: {key!r} must be a {kind.__name__}, found {reprlib.repr(value)}")
     return value
 
 
@@ -121,12 +131,14 @@ def read_config(file: Path) -> dict[str, Any]:
         IncompatibleStateError: if it is missing, corrupt, foreign or from the future.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise IncompatibleStateError(
             f"{file} does not exist: give a folder that save_pretrained has written"
         ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise IncompatibleStateError(f"{file} can't be read: {error}") from error
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, numbers of thousands of digits
         raise IncompatibleStateError(f"{file} is not JSON, so it is corrupt or foreign: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise IncompatibleStateError(f"{file} is foreign: the config of an embcomp checkpoint has 'format': {FORMAT!r}")
@@ -136,7 +148,13 @@ def read_config(file: Path) -> dict[str, Any]:
             f"{file} has format version {version}, written by embcomp {content.get('embcomp_version')}; this one reads "
             f"versions up to {FORMAT_VERSION}: upgrade embcomp"
         )
+    if (version > 1 or SEAL in content) and sealed(content)[SEAL] != get(content, SEAL, str, file):
+        raise IncompatibleStateError(f"{file} was changed since it was written: its {SEAL} is that of another content")
     return content
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def _check_weights(file: Path, size: int, digest: str) -> None:

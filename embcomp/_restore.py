@@ -129,11 +129,18 @@ def load_plain(
     return model, list(built.values())
 
 
+def _fused(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
+    """Fields of the tables that hold several."""
+    file, found = checkpoint.config_file, checkpoint.get("fused", dict)
+    tables = {table: get(found, table, dict, file) for table in found}
+    return {table: {name: get(fields, name, int, file) for name in fields} for table, fields in tables.items()}
+
+
 def _place(model: nn.Module, saved: Sequence[SavedGroup], checkpoint: Checkpoint) -> list[tuple[Site, SavedGroup]]:
     """Find the model's table for every saved one, in the order of the groups."""
     file = checkpoint.config_file
     try:
-        sites = find_sites(model, checkpoint.get("fused", dict))
+        sites = find_sites(model, _fused(checkpoint))
     except EmbcompError as error:
         raise IncompatibleStateError(f"{file} does not fit the model: {error}") from error
     owners = {name: site for site in sites for name in site.names}

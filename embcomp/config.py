@@ -185,6 +185,13 @@ def check_at_least(config: object, field: str, minimum: float) -> None:
         raise ConfigError(f"{type(config).__name__}({field}={value!r}): must be at least {minimum}")
 
 
+def check_at_most(config: object, field: str, maximum: float) -> None:
+    """Raise `ConfigError` if a config's field is set and above ``maximum``."""
+    value = getattr(config, field)
+    if value is not None and not value <= maximum:
+        raise ConfigError(f"{type(config).__name__}({field}={value!r}): must be at most {maximum}")
+
+
 def check_field_types(config: object) -> None:
     """Raise `ConfigError` where a field's value is not of its annotated type (ints are fine for floats)."""
     hints = _hints(type(config))  # type: ignore[arg-type]

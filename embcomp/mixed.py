@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from embcomp.config import StrategyConfig
 from embcomp.errors import ConfigError
 from embcomp.memory import MemoryReport
+from embcomp.row_source import RowSource
 from embcomp.specs import TableSpec
 from embcomp.storage import RowStore
 from embcomp.stretches import Stretch
@@ -140,10 +142,10 @@ class MixedTables(EmbeddingTables):
         for part in self.parts:
             part.reset_parameters()
 
-    def fit(self, weights: Sequence[Tensor], counts: Sequence[Tensor]) -> None:
+    def fit(self, weights: Sequence[Any], counts: Sequence[Tensor]) -> None:
         for part, own in zip(self.parts, self._by_part, strict=True):
-            part.fit(
-                [weights[table][start:stop] for table, start, stop in own],
+            part.fit_rows(
+                [RowSource.of(weights[table]).part(start, stop) for table, start, stop in own],
                 [counts[table][start:stop] for table, start, stop in own],
             )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from embcomp.errors import SpecError, did_you_mean
 from embcomp.memory import SHARED
+from embcomp.row_source import RowSource
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,11 @@ class Knowledge:
 
     Attributes:
         counts: table name -> int64 ``(V,)``, how often each id occurs in the training data.
-        weights: table name -> float ``(V, D)``, trained tables that are to be compressed.
+        weights: table name -> ``(V, D)``, trained tables that are to be compressed.
     """
 
     counts: Mapping[str, Tensor] = field(default_factory=dict)
-    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, RowSource] = field(default_factory=dict)
     derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """What strategies worked out of the above and need again at every size that the solver tries."""
 
@@ -130,19 +131,22 @@ def _checked_counts(by_name: Mapping[str, TableSpec], counts: Mapping[str, Any])
     return checked
 
 
-def _checked_weights(by_name: Mapping[str, TableSpec], weights: Mapping[str, Any]) -> dict[str, Tensor]:
+def _checked_weights(by_name: Mapping[str, TableSpec], weights: Mapping[str, Any]) -> dict[str, RowSource]:
     checked = {}
     for name, values in weights.items():
         spec = _spec_of(by_name, name, "weights")
-        weight = torch.as_tensor(values)
+        weight = values if isinstance(values, RowSource) else torch.as_tensor(values)
         if weight.shape != (spec.num_embeddings, spec.embedding_dim):
             raise SpecError(
                 f"weights of table {name!r} have shape {tuple(weight.shape)}, "
                 f"not ({spec.num_embeddings}, {spec.embedding_dim})"
             )
-        if not torch.isfinite(weight).all():
-            raise SpecError(f"weights of table {name!r} are not all finite")
-        checked[name] = weight
+        source = RowSource.of(weight)
+        for rows in source.chunks():
+            if not bool(source[rows].isfinite().all()):
+                where = f"rows {rows.start} to {rows.stop - 1}"
+                raise SpecError(f"weights of table {name!r} are not all finite: see {where}")
+        checked[name] = source
     return checked
 
 

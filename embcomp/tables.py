@@ -21,6 +21,7 @@ from embcomp.hashing import check_range, hash_seed, hash_to_range
 from embcomp.memory import SHARED, MemoryPart, MemoryReport, format_bytes
 from embcomp.phases import PLAIN, Phase
 from embcomp.range_scores import RangeScores, assemble, check_queries
+from embcomp.row_source import RowSource, weighted_mean
 from embcomp.specs import Knowledge, TableSpec, as_int, check_group
 from embcomp.storage import Ids, RowStore
 from embcomp.stretches import Stretch
@@ -56,6 +57,8 @@ class EmbeddingTables(nn.Module):
     """Whether `lookup` takes every int64 id, so that ``unseen="hash"`` needs no detour."""
     has_zero_vectors: ClassVar[bool] = False
     """Whether vectors that are evaluated or served may be zero, because the strategy prunes values."""
+    can_be_streamed: ClassVar[bool] = False
+    """Whether `fit` reads trained tables some rows at a time, and keeps no more of them than its own form needs."""
     can_be_sharded: bool = False
     """Whether training does nothing to stored rows but look them up, so that other processes can hold them."""
     is_sharded: bool = False
@@ -137,9 +140,18 @@ class EmbeddingTables(nn.Module):
         """Draw initial weights, such that composed vectors have each table's ``init_std``."""
         raise NotImplementedError
 
-    def fit(self, weights: Sequence[Tensor], counts: Sequence[Tensor]) -> None:
-        """Fit the compressed form to trained tables, float32 ``(num_ids[t], D)`` each, weighted by float32 counts."""
+    def fit(self, weights: Sequence[Any], counts: Sequence[Tensor]) -> None:
+        """Fit the compressed form to trained tables, weighted by counts.
+
+        Args:
+            weights: float32 tensors ``(num_ids[t], D)``; a `RowSource` each where the class `can_be_streamed`.
+            counts: float32 ``(num_ids[t],)``, above 0; one number, expanded, where they are not known.
+        """
         raise NotImplementedError
+
+    def fit_rows(self, sources: Sequence[RowSource], counts: Sequence[Tensor]) -> None:
+        """`fit`, with the tables in the form that the class takes."""
+        self.fit(sources if self.can_be_streamed else [source[:] for source in sources], counts)
 
     @classmethod
     def size_range(cls, specs: Sequence[TableSpec], config: Any, known: Knowledge) -> tuple[int, int]:
@@ -441,11 +453,11 @@ class EmbeddingTables(nn.Module):
     # ---- life -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def load_dense_(self, weights: Mapping[str, Tensor], counts: Mapping[str, Tensor] | None = None) -> EmbeddingTables:
+    def load_dense_(self, weights: Mapping[str, Any], counts: Mapping[str, Tensor] | None = None) -> EmbeddingTables:
         """Fit the compressed form to trained tables, as closely as the strategy can.
 
         Args:
-            weights: table name -> float ``(V, D)``, for every table.
+            weights: table name -> float ``(V, D)``, a tensor or a `RowSource`, for every table.
             counts: table name -> ``(V,)`` how often ids occur: errors are weighted by them.
 
         Raises:
@@ -460,15 +472,14 @@ class EmbeddingTables(nn.Module):
             raise SpecError(f"load_dense_: no weights for tables {', '.join(missing)}")
         dense, frequency = [], []
         for spec, num_ids in zip(self.specs, self.num_ids, strict=True):
-            rows = known.weights[spec.name].to(self._sizes.device, torch.float32)
-            count = known.counts.get(spec.name, torch.ones(len(rows))).to(rows.device, torch.float32)
-            count = count.clamp_min(1e-3 * float(count.mean().clamp_min(1e-3)))  # unseen ids still matter a little
+            rows, count = known.weights[spec.name].on(self._sizes.device), self._frequency_of(spec, known)
             if num_ids > len(rows):
-                mean = (rows * count[:, None]).sum(0, keepdim=True) / count.sum()
-                rows, count = torch.cat([rows, mean]), torch.cat([count, count.min()[None]])
+                rows = RowSource.joined([rows, RowSource.of(weighted_mean(rows, count))])
+                known_count = spec.name in known.counts
+                count = torch.cat([count, count.min()[None]]) if known_count else count[:1].expand(num_ids)
             dense.append(rows)
             frequency.append(count)
-        self.fit(dense, frequency)
+        self.fit_rows(dense, frequency)
         for module in self.modules():
             if isinstance(module, RowStore):
                 module.fit_scales_()
@@ -543,6 +554,13 @@ class EmbeddingTables(nn.Module):
         """
 
     # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _frequency_of(self, spec: TableSpec, known: Knowledge) -> Tensor:
+        """How much each id's error weighs, float32 ``(V,)``: its count, but unseen ids still matter a little."""
+        if spec.name not in known.counts:
+            return torch.ones(1, device=self._sizes.device).expand(spec.num_embeddings)
+        count = known.counts[spec.name].to(self._sizes.device, torch.float32)
+        return count.clamp_min(1e-3 * float(count.mean().clamp_min(1e-3)))
 
     def _checked(self, ids: Tensor, table: Tensor | int | str | None) -> tuple[Tensor, Tensor | int | None]:
         if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):

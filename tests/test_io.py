@@ -69,7 +69,7 @@ def weights_file(folder):
 
 def edit(folder, **changes):
     file = folder / CONFIG
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    file.write_text(json.dumps(_checkpoint.sealed(json.loads(file.read_text()) | changes)))
 
 
 def same(one, other):
@@ -325,7 +325,7 @@ DAMAGES = {
     "config binary": (lambda f: (f / CONFIG).write_bytes(b"\x80\x81"), "is not JSON"),
     "config a list": (lambda f: (f / CONFIG).write_text("[]"), "is foreign"),
     "config foreign": (lambda f: (f / CONFIG).write_text('{"model_type": "bert"}'), "is foreign"),
-    "from the future": (lambda f: edit(f, format_version=2), "version 2, written by embcomp .*upgrade"),
+    "from the future": (lambda f: edit(f, format_version=3), "version 3, written by embcomp .*upgrade"),
     "no version": (lambda f: edit(f, format_version="1"), "'format_version' must be a int, found '1'"),
     "no groups": (lambda f: edit(f, groups=None), "'groups' must be a list, found None"),
     "empty groups": (lambda f: edit(f, groups=[]), "no group"),

@@ -1,4 +1,4 @@
-"""The command line: ``embcomp plan``, ``embcomp inspect`` and ``embcomp strategies``."""
+"""The command line: ``embcomp plan``, ``embcomp compress``, ``embcomp inspect`` and ``embcomp strategies``."""
 
 from embcomp.cli.main import main
 

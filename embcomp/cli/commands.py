@@ -36,6 +36,7 @@ def strategies() -> Found:
                 "any_id": tables.takes_any_id,
                 "front": "pareto" in vars(tables),
                 "sharded": can_be_sharded(name),
+                "streamed": tables.can_be_streamed,
             }
         )
     return {"strategies": rows}
@@ -43,7 +44,7 @@ def strategies() -> Found:
 
 def strategies_text(found: Found) -> str:
     """Of `strategies`."""
-    head = ("strategy", "the budget turns", "finely", "rows=", "any id", "front of sizes", "can be sharded")
+    head = ("strategy", "the budget turns", "finely", "rows=", "any id", "front of sizes", "can be sharded", "streamed")
     lines = [[text if isinstance(text, str) else _yes(text) for text in row.values()] for row in found["strategies"]]
     return _aligned([head, *lines])
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from embcomp import __version__
-from embcomp.cli import commands, sources
+from embcomp.cli import commands, compress, sources
 from embcomp.config import get_strategy
 from embcomp.errors import EmbcompError
 
@@ -46,6 +46,10 @@ def _inspect(given: argparse.Namespace) -> _Answer:
     return commands.inspect(given.path), commands.inspect_text
 
 
+def _compress(given: argparse.Namespace) -> _Answer:
+    return compress.compress(given), compress.compress_text
+
+
 def _strategies(given: argparse.Namespace) -> _Answer:
     return commands.strategies(), commands.strategies_text
 
@@ -62,6 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--dim", type=int, help="dimension of tables of which TABLES does not say it")
     plan.set_defaults(run=_plan)
 
+    smaller = parts.add_parser("compress", help="trained tables from a file into a checkpoint that serves")
+    compress.add_arguments(smaller)
+    smaller.set_defaults(run=_compress)
+
     inspect = parts.add_parser("inspect", help="what is in a checkpoint, checked, or in a file of weights")
     inspect.add_argument("path", type=Path, help="folder that save_pretrained has written, .safetensors, .npy or .pt")
     inspect.set_defaults(run=_inspect)
@@ -69,6 +77,6 @@ def _parser() -> argparse.ArgumentParser:
     strategies = parts.add_parser("strategies", help="what every strategy can do")
     strategies.set_defaults(run=_strategies)
 
-    for part in (plan, inspect, strategies):
+    for part in (plan, smaller, inspect, strategies):
         part.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
     return parser

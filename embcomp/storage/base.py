@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import chain
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from embcomp.bags import pool_vectors
 from embcomp.errors import IncompatibleStateError
+from embcomp.row_source import RowSource
 from embcomp.storage.gather import read_rows
 
 Ids = Tensor | range
@@ -18,6 +21,23 @@ Ids = Tensor | range
 
 Segment = Tensor | int | None
 """The segment (table) of each row: int64 broadcastable to the rows, one int, or None for column t = segment t."""
+
+_lends = ContextVar("embcomp_lends_rows", default=False)
+
+
+@contextmanager
+def rows_are_lent() -> Iterator[None]:
+    """Make stores that have no matrix of their own, and are good for one thing: to be fitted and finalized.
+
+    Rows that are written to them are *lent*: the store remembers where they are read from, and `finalize` reads them
+    from there, some at a time. So trained tables go from a file into the serving form without the float rows of the
+    training form ever being in memory.
+    """
+    token = _lends.set(True)
+    try:
+        yield
+    finally:
+        _lends.reset(token)
 
 
 class RowStore(nn.Module):
@@ -87,8 +107,8 @@ class RowStore(nn.Module):
         """Draw every row from N(0, std²), with one ``std`` per segment."""
         raise NotImplementedError
 
-    def write_(self, start: int, values: Tensor) -> None:
-        """Overwrite the rows ``start, start + 1, …`` with float32 ``(N, d)``."""
+    def write_(self, start: int, values: Tensor | RowSource) -> None:
+        """Overwrite the rows ``start, start + 1, …`` with float ``(N, d)``."""
         raise NotImplementedError
 
     def fit_scales_(self) -> None:
@@ -118,10 +138,11 @@ class MatrixRows(RowStore):
     """Base of stores that are trained as one float matrix, of which lookups read rows, wherever it lies.
 
     Attributes:
-        weight: float ``(R, d)``; not there while the rows lie elsewhere.
+        weight: float ``(R, d)``; not there while the rows lie elsewhere, and on ``meta`` where they are lent.
         sparse: whether gradients are row-sparse.
         elsewhere: what reads rows that other processes hold parts of, see `embcomp.integrations.sharding`; else None.
         processes: that make every lookup together, each for its part of a batch.
+        lent: what was written, as first row and source, where rows are lent (`rows_are_lent`); else None.
     """
 
     weight: nn.Parameter
@@ -131,6 +152,38 @@ class MatrixRows(RowStore):
     def __init__(self, segments: Sequence[int], dim: int) -> None:
         super().__init__(segments, dim)
         self.elsewhere, self.processes = None, 1
+        self.lent: list[tuple[int, RowSource]] | None = None
+
+    def make_weight_(self, dtype: torch.dtype) -> None:
+        """Make the matrix, but where rows are lent."""
+        self.lent = [] if _lends.get() else None
+        device = None if self.lent is None else "meta"
+        self.weight = nn.Parameter(torch.empty(self.num_rows, self.dim, dtype=dtype, device=device))
+
+    @torch.no_grad()
+    def write_(self, start: int, values: Tensor | RowSource) -> None:
+        source = RowSource.of(values)
+        if self.lent is not None:
+            self.lent.append((start, source))
+            return
+        for rows in source.chunks():
+            self.weight[start + rows.start : start + rows.stop].copy_(source[rows])
+
+    def master(self) -> RowSource:
+        """The rows as they are, before any rounding."""
+        if self.lent is None:
+            return RowSource.of(self.weight.detach())
+        written = [source for _, source in sorted(self.lent, key=lambda own: own[0]) if len(source)]
+        if sum(map(len, written)) != self.num_rows:
+            raise IncompatibleStateError(
+                f"of {self.num_rows} rows that were to be lent, {sum(map(len, written))} were: fit the tables first"
+            )
+        return RowSource.joined(written or [RowSource.of(torch.empty(0, self.dim))])
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether there are no rows to look at: on ``meta``."""
+        return self.weight.is_meta and not self.lent
 
     def read(self, rows: Tensor, segment: Segment) -> Tensor:
         """Read rows as they are, float ``(..., d)``; arguments as those of `forward`."""

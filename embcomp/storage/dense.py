@@ -38,8 +38,7 @@ class DenseRows(MatrixRows):
         self.serve_dtype = serve_dtype
         self.sparse = sparse
         self.rounding = True
-        dtype = serve_dtype if pure else torch.float32
-        self.weight = nn.Parameter(torch.empty(self.num_rows, dim, dtype=dtype))
+        self.make_weight_(serve_dtype if pure else torch.float32)
 
     def forward(self, rows: Tensor, segment: Segment = None) -> Tensor:
         return self._rounded(self.read(rows, segment))
@@ -79,10 +78,6 @@ class DenseRows(MatrixRows):
         for start, rows, deviation in zip(self.starts(), self.segments, std, strict=True):
             self.weight[start : start + rows].normal_(0.0, deviation, generator=generator)
 
-    @torch.no_grad()
-    def write_(self, start: int, values: Tensor) -> None:
-        self.weight[start : start + len(values)].copy_(values)
-
     def take_scales_(self, segment: int, other: MatrixRows, own: int) -> None:
         self.rounding = bool(getattr(other, "rounding", True))
 
@@ -93,5 +88,6 @@ class DenseRows(MatrixRows):
         served = DenseRows.__new__(DenseRows)
         MatrixRows.__init__(served, self.segments, self.dim)
         served.serve_dtype, served.sparse, served.rounding = self.serve_dtype, False, True
-        served.weight = nn.Parameter(self.weight.detach().to(self.serve_dtype), requires_grad=False)
+        rows = self.weight.detach() if self.lent is None else self.master().gathered(self.serve_dtype)
+        served.weight = nn.Parameter(rows.to(self.serve_dtype), requires_grad=False)
         return served

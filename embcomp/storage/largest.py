@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from embcomp.row_source import chunks
 from embcomp.storage import packing
 
-_CHUNK_VALUES = 1 << 20
 _BINS = 1 << 16
 _FIRST = 2**31 - 1
 _LAST = -1
@@ -37,9 +37,8 @@ def mark_largest(
     """
 
     def keys() -> Iterator[Tensor]:
-        size = max(8, _CHUNK_VALUES // dim // 8 * 8)  # so that a chunk's bits begin at a byte
-        for start in range(0, num_rows, size):
-            yield _keys_of(scores(start, min(start + size, num_rows)), min_per_row)
+        for rows in chunks(num_rows, dim):  # whose bits begin at a byte
+            yield _keys_of(scores(rows.start, rows.stop), min_per_row)
 
     high, above = _bin_of(((key >> 16) + _BINS // 2 for key in keys()), number)
     high -= _BINS // 2

@@ -8,8 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from embcomp.row_source import RowSource
 from embcomp.storage import packing
-from embcomp.storage.base import RowStore, Segment
+from embcomp.storage.base import MatrixRows, RowStore, Segment
 from embcomp.storage.dense import DTYPES, DenseRows
 from embcomp.storage.formats import RowFormat
 from embcomp.storage.largest import mark_largest
@@ -20,7 +21,7 @@ from embcomp.storage.sparse_sizes import share_out, sparse_bytes
 _FIT_ROWS = 1 << 16
 
 
-class PrunedRows(RowStore):
+class PrunedRows(MatrixRows):
     """Rows of which n values are kept, and served as `SparseRows`; made by `make_pruned_store`.
 
     In training mode nothing is pruned at first. In evaluation mode lookups show what would be served if training ended
@@ -96,12 +97,12 @@ class PrunedRows(RowStore):
     @torch.no_grad()
     def _largest(self) -> Tensor:
         """The mask of the n values that are kept."""
-        if self.weight.is_meta:
+        if self.is_blank:
             return torch.empty_like(self.mask)
         return mark_largest(self._scores, self.num_rows, self.dim, self.num_values, self.min_per_row)
 
     def _scores(self, start: int, stop: int) -> Tensor:
-        scores = self.weight.detach()[start:stop].to(torch.float32).abs()
+        scores = self.master()[start:stop].abs()
         if self.importance is not None:
             scores *= self.importance[start:stop, None]
         for row in self.last_rows:
@@ -136,14 +137,18 @@ class PrunedRows(RowStore):
 
     def finalize(self) -> RowStore:
         mask = self.mask if self.is_pruned else self._largest()
-        with self.weight.device:
+        with self.mask.device:
             sparse = SparseRows(self.segments, self.dim, *self._form).eval()
         shown, self._shown = self._shown, mask  # so that scales that are fitted only now see it
         try:
-            served = super().finalize()
+            served = self._served()
         finally:
             self._shown = shown
         return sparse.take_(served, lambda rows: packing.gather(mask, rows, self.dim, 1).bool())
+
+    def _served(self) -> RowStore | RowSource:
+        """All rows, pruned or not, as they are served."""
+        return super().finalize()
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
@@ -154,6 +159,9 @@ class PrunedRows(RowStore):
 
 class PrunedDenseRows(PrunedRows, DenseRows):
     """Float rows, pruned."""
+
+    def _served(self) -> RowStore | RowSource:
+        return super()._served() if self.lent is None else self.master()
 
 
 class PrunedQuantizedRows(PrunedRows, QuantizedRows):
@@ -168,9 +176,10 @@ class PrunedQuantizedRows(PrunedRows, QuantizedRows):
         if mask is None:
             yield from super()._units()
             return
+        master = self.master()
         for start, rows in zip(self.starts(), self.segments, strict=True):
-            sample = torch.arange(start, start + rows, max(1, rows // _FIT_ROWS), device=self.weight.device)
-            values = self._check_finite(self.weight.detach()[sample], start, rows)
+            sample = torch.arange(start, start + rows, max(1, rows // _FIT_ROWS), device=self.mask.device)
+            values = self._check_finite(master[sample], start, rows)
             kept = packing.gather(mask, sample, self.dim, 1)
             by_column = self.row_format.granularity == "column"
             yield repeat_kept(*((t.T if by_column else t.reshape(1, -1)) for t in (values, kept)))

@@ -50,7 +50,7 @@ class QuantizedRows(MatrixRows):
         super().__init__(segments, dim)
         self.row_format, self.bits, self.sparse = row_format, row_format.bits, sparse
         self.rounding = row_format.aware
-        self.weight = nn.Parameter(torch.empty(self.num_rows, dim))
+        self.make_weight_(torch.float32)
         self.span: nn.Parameter | None = None
         self.offset: nn.Parameter | None = None
         if row_format.aware and row_format.granularity != "row":
@@ -88,10 +88,6 @@ class QuantizedRows(MatrixRows):
             self.offset.zero_()
 
     @torch.no_grad()
-    def write_(self, start: int, values: Tensor) -> None:
-        self.weight[start : start + len(values)].copy_(values)
-
-    @torch.no_grad()
     def take_scales_(self, segment: int, other: MatrixRows, own: int) -> None:
         assert isinstance(other, QuantizedRows)
         self.rounding = other.rounding
@@ -108,7 +104,7 @@ class QuantizedRows(MatrixRows):
     @torch.no_grad()
     def fit_scales_(self) -> None:
         """Set learned spans and offsets to those of small squared error for the rows as they are now."""
-        if self.span is None or self.weight.is_meta:
+        if self.span is None or self.is_blank:
             return
         step, offset = self._fitted()
         self.span.copy_(grids.span_of(step, self.bits))
@@ -124,9 +120,9 @@ class QuantizedRows(MatrixRows):
     @torch.no_grad()
     def finalize(self) -> RowStore:
         self.set_rounding(self.row_format.aware)
-        with self.weight.device:
+        with self.master().device:
             served = PackedRows(self.segments, self.dim, self.row_format).eval()
-        if self.weight.is_meta:
+        if self.is_blank:
             return served
         if self.row_format.granularity == "row":
             fit = grids.row_grid if self.row_format.aware else fitting.fit_row_grid
@@ -155,10 +151,10 @@ class QuantizedRows(MatrixRows):
 
     def _chunks(self) -> Iterator[tuple[int, Tensor]]:
         """Rows in chunks that begin at a multiple of 8, with their first row; all of them finite."""
-        size = max(8, _CHUNK_VALUES // self.dim // 8 * 8)
-        for start in range(0, self.num_rows, size):
-            values = self.weight.detach()[start : start + size]
-            yield start, self._check_finite(values, start, len(values))
+        master = self.master()
+        for rows in master.chunks():
+            values = master[rows]
+            yield rows.start, self._check_finite(values, rows.start, len(values))
 
     def _fitted(self) -> tuple[Tensor, Tensor]:
         """Steps and offsets fitted to the rows, in the shape that the granularity has."""
@@ -169,22 +165,22 @@ class QuantizedRows(MatrixRows):
 
     def _units(self) -> Iterator[Tensor]:
         """What shares a step, ``(units, n)``: by segment, or some groups at a time; of many rows, a sample."""
-        weight = self.weight.detach()
+        master = self.master()
         if self.row_format.granularity != "group":
             for start, rows in zip(self.starts(), self.segments, strict=True):
-                sample = self._check_finite(_sample(weight[start : start + rows].unsqueeze(0)), start, rows)
-                yield sample[0].T if self.row_format.granularity == "column" else sample.flatten(1)
+                sample = self._check_finite(master[start : start + rows : _step(rows)], start, rows)
+                yield sample.T if self.row_format.granularity == "column" else sample.reshape(1, -1)
             return
         if self.num_rows == 0:
-            yield weight
+            yield master[:]
             return
         size = self.row_format.group_rows
         at_once = size * max(1, _CHUNK_VALUES // (size * self.dim))
         whole = self.num_rows // size * size
         for start in [*range(0, whole, at_once), *([whole] if whole < self.num_rows else [])]:
             stop = min(start + at_once, whole) if start < whole else self.num_rows
-            groups = weight[start:stop].view(-1, min(size, stop - start), self.dim)
-            yield self._check_finite(_sample(groups), start, stop - start).flatten(1)
+            groups = master[start:stop].view(-1, min(size, stop - start), self.dim)
+            yield self._check_finite(groups[:, :: _step(groups.shape[1])], start, stop - start).flatten(1)
 
     def _segment_of(self, rows: Tensor) -> Tensor:
         """Segment of each row, int64 ``(...)``."""
@@ -214,6 +210,6 @@ class QuantizedRows(MatrixRows):
         return values
 
 
-def _sample(groups: Tensor) -> Tensor:
-    """At most `_FIT_ROWS` rows of each group ``(units, rows, d)``, evenly spaced: enough to settle a step."""
-    return groups[:, :: -(-groups.shape[1] // _FIT_ROWS) or 1]
+def _step(rows: int) -> int:
+    """The distance of at most `_FIT_ROWS` evenly spaced rows of so many: enough to settle a step."""
+    return -(-rows // _FIT_ROWS) or 1

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from embcomp.errors import ConfigError
+from embcomp.row_source import RowSource, chunks, ids_of
 from embcomp.storage import bitmap, grids, packing
 from embcomp.storage.base import RowStore, Segment
 from embcomp.storage.dense import DTYPES, DenseRows
 from embcomp.storage.formats import RowFormat
 from embcomp.storage.packed import PackedRows, row_scale_dtype
 from embcomp.storage.sparse_sizes import column_dtype, num_row_scales, share_out, sparse_bytes
-
-_CHUNK_VALUES = 1 << 20
 
 
 class SparseRows(RowStore):
@@ -164,48 +163,58 @@ class SparseRows(RowStore):
     # ---- life -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def take_(self, served: RowStore, keep: Callable[[Tensor], Tensor]) -> SparseRows:
-        """Take values over from a store in its serving form.
+    def take_(self, served: RowStore | RowSource, keep: Callable[[Tensor], Tensor]) -> SparseRows:
+        """Take values over from a store in its serving form, or float values from where they are read.
 
         Args:
-            served: what ``finalize()`` of the training form returned, with the same segments.
+            served: what ``finalize()`` of the training form returned, with the same segments; or all float rows.
             keep: which values of rows are kept, int64 ``(N,)`` to bool ``(N, d)``; asked chunk by chunk.
 
         Raises:
             ConfigError: if there are not as many kept values, or more rows with values, than there is room for.
         """
-        if not isinstance(served, DenseRows | PackedRows):
+        if not isinstance(served, DenseRows | PackedRows | RowSource):
             raise TypeError(f"{type(served).__name__} is no serving form that values can be taken from")
-        device = next(iter(served.state_dict().values())).device
+        if isinstance(served, DenseRows):
+            served = RowSource.of(served.weight)
+        device = served.device if isinstance(served, RowSource) else served.codes.device
         if device.type == "meta":
             return self
-        values, sizes, columns, words = [], [], [], []
-        for rows in _chunks(self.num_rows, self.dim, device):
+        packed = isinstance(served, PackedRows)
+        stream = torch.empty(self.num_values, dtype=torch.uint8, device=device) if packed else self.values.data
+        per_row, filled = torch.zeros(self.num_rows, dtype=torch.int32, device=device), 0
+        for part in [*chunks(self.num_rows, self.dim)] or [slice(0, 0)]:
+            rows = ids_of(part, device)
             kept = keep(rows)
-            read = served.codes_of(rows) if isinstance(served, PackedRows) else served.weight[rows]
-            values.append(read[kept])
-            sizes.append(kept.sum(1))
-            if self.layout == "bitmap":
-                words.append(bitmap.pack_flags(kept.view(-1)))
-            else:
-                columns.append(kept.nonzero()[:, 1].to(self.columns.dtype))
-        per_row, stream = torch.cat(sizes), torch.cat(values)
-        if len(stream) != self.num_values:
-            raise ConfigError(f"sparse rows have room for {self.num_values} values, but {len(stream)} are kept")
-        if isinstance(served, PackedRows):
+            own = served.codes_of(rows)[kept] if isinstance(served, PackedRows) else served[part][kept]
+            per_row[part] = kept.sum(1, dtype=torch.int32)
+            begun, filled = filled, filled + len(own)
+            if filled <= self.num_values:
+                stream[begun:filled] = own
+                self._take_places(part, kept, begun)
+        if filled != self.num_values:
+            raise ConfigError(f"sparse rows have room for {self.num_values} values, but {filled} are kept")
+        if packed:
             self.codes.copy_(packing.pack(stream, self.row_format.bits))
-        else:
-            self.values.copy_(stream)
-        slots = self._take_index(per_row, words, columns)
+        slots = self._take_index(per_row)
         if isinstance(served, PackedRows):
             self._take_scales(served, slots)
         return self
 
-    def _take_index(self, per_row: Tensor, words: list[Tensor], columns: list[Tensor]) -> Tensor:
-        """Write the index; returns the rows that have scales, where scales belong to rows."""
+    def _take_places(self, part: slice, kept: Tensor, begun: int) -> None:
+        """Note which values of consecutive rows are kept; chunks of rows begin at a word of the bitmap."""
+        if self.layout == "bitmap":
+            words = bitmap.pack_flags(kept.view(-1))
+            first = part.start * self.dim // bitmap.WORD
+            self.bits[first : first + len(words)] = words
+            return
+        columns = kept.nonzero()[:, 1]
+        self.columns[begun : begun + len(columns)] = columns.to(self.columns.dtype)
+
+    def _take_index(self, per_row: Tensor) -> Tensor:
+        """Write the rest of the index; returns the rows that have scales, where scales belong to rows."""
         has_slot = torch.ones_like(per_row, dtype=torch.bool)
         if self.layout == "bitmap":
-            self.bits.copy_(torch.cat(words))
             self.ranks.copy_(bitmap.ranks_of(self.bits))
         if self.layout == "dcsr":
             has_slot = per_row > 0
@@ -219,7 +228,6 @@ class SparseRows(RowStore):
             self.ranks.copy_(bitmap.ranks_of(self.bits))
         if self.layout != "bitmap":
             self.pointers[1:] = per_row[has_slot].cumsum(0)
-            self.columns.copy_(torch.cat(columns))
         return has_slot.nonzero()[:, 0]
 
     def _take_scales(self, served: PackedRows, slots: Tensor) -> None:
@@ -240,10 +248,3 @@ class SparseRows(RowStore):
 
     def finalize(self) -> RowStore:
         return self
-
-
-def _chunks(num_rows: int, dim: int, device: torch.device) -> Iterator[Tensor]:
-    """Row numbers, a multiple of 64 at a time, so that every chunk begins at a word of a bitmap; at least one chunk."""
-    size = bitmap.WORD * max(1, _CHUNK_VALUES // (bitmap.WORD * dim))
-    for start in range(0, max(num_rows, 1), size):
-        yield torch.arange(start, min(start + size, num_rows), device=device)

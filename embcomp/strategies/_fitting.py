@@ -2,48 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-CHUNK = 65536
+from embcomp.row_source import RowSource, ids_of
+
 _PART_ROUNDS = 10
 
+Slots = Callable[[Tensor], list[Tensor]]
+"""Of ids int64 ``(n,)`` their rows, int64 ``(n,)`` each: worked out when they are needed, not kept for all ids."""
+Factors = Callable[[Tensor], Tensor]
+"""Of ids int64 ``(n,)`` the factors of their rows, float32 ``(n, H)``."""
 
-def shared_means(slots: Tensor, weight: Tensor, count: Tensor, num_rows: int) -> Tensor:
+
+def shared_means(
+    slots: Tensor | Callable[[Tensor], Tensor], weight: Tensor | RowSource, count: Tensor, num_rows: int
+) -> Tensor:
     """Count-weighted mean of the vectors that share each row: the exact minimum where a vector is one row.
 
     Args:
-        slots: int64 ``(V,)`` in ``[0, num_rows)``, the row of each id.
-        weight: float32 ``(V, D)``.
-        count: float32 ``(V,)``, above 0.
+        slots: int64 ``(V,)`` in ``[0, num_rows)``, the row of each id; or what says them for ids int64 ``(n,)``.
+        weight: ``(V, D)``.
+        count: float32 ``(V,)``, above 0, or 0 for ids that are no part of it.
         num_rows: R.
 
     Returns:
         float32 ``(R, D)``; rows that no id uses get the mean of all.
     """
-    total, mass = weight.new_zeros(num_rows, weight.shape[1]), weight.new_zeros(num_rows)
-    for part in chunks(len(weight)):
-        total.index_add_(0, slots[part], weight[part] * count[part, None])
-        mass.index_add_(0, slots[part], count[part])
+    source = RowSource.of(weight)
+    total = torch.zeros(num_rows, source.shape[1], device=source.device)
+    mass = torch.zeros(num_rows, device=source.device)
+    for part in source.chunks():
+        own = slots[part] if isinstance(slots, Tensor) else slots(ids_of(part, source.device))
+        total.index_add_(0, own, source[part] * count[part, None])
+        mass.index_add_(0, own, count[part])
     mean = total.sum(0) / mass.sum()
-    return torch.where(mass[:, None] > 0, total / mass.clamp_min(1e-30)[:, None], mean)
+    total.div_(mass.clamp_min(1e-30)[:, None])
+    total[mass == 0] = mean
+    return total
 
 
 def fit_summed_rows(
-    rows: Tensor, slots: Sequence[Tensor], factors: Tensor, weight: Tensor, count: Tensor, steps: int
+    rows: Tensor, slots: Slots, factors: Factors, weight: RowSource, count: Tensor, steps: int
 ) -> Tensor:
-    """Rows whose weighted sums come closest to ``weight``: ``sum_h factors[:, h] * rows[slots[h]]``.
+    """Rows whose weighted sums come closest to ``weight``: ``sum_h factors(ids)[:, h] * rows[slots(ids)[h]]``.
 
     Conjugate gradients on the normal equations, one system per dimension, preconditioned by their diagonal; the error
     falls with every step, and with one hash function the first step is exact.
 
     Args:
         rows: float32 ``(R, D)`` to start from.
-        slots: H tensors int64 ``(V,)``: the rows of each id.
-        factors: float32 ``(V, H)``.
-        weight: float32 ``(V, D)``, the vectors to come close to.
+        slots: the H rows of ids.
+        factors: their factors.
+        weight: ``(V, D)``, the vectors to come close to.
         count: float32 ``(V,)``, above 0, weights of the squared errors.
         steps: conjugate gradient steps.
 
@@ -51,22 +64,28 @@ def fit_summed_rows(
         float32 ``(R, D)``.
     """
 
-    def pull(part: slice, values: Tensor, out: Tensor) -> None:
-        for number, slot in enumerate(slots):
-            out.index_add_(0, slot[part], values * (factors[part, number] * count[part])[:, None])
+    def terms(part: slice) -> tuple[list[Tensor], Tensor, Tensor]:
+        ids = ids_of(part, weight.device)
+        return slots(ids), factors(ids), count[part, None]
+
+    def pull(own: Sequence[Tensor], factor: Tensor, values: Tensor, out: Tensor) -> None:
+        for number, slot in enumerate(own):
+            out.index_add_(0, slot, values * factor[:, number, None])
 
     diagonal, residual = rows.new_zeros(len(rows), 1), torch.zeros_like(rows)
-    for part in chunks(len(weight)):
-        for number, slot in enumerate(slots):
-            diagonal.index_add_(0, slot[part], (factors[part, number].square() * count[part])[:, None])
-        pull(part, weight[part] - summed(rows, slots, factors, part), residual)
+    for part in weight.chunks():
+        own, factor, share = terms(part)
+        for number, slot in enumerate(own):
+            diagonal.index_add_(0, slot, factor[:, number, None].square() * share)
+        pull(own, factor * share, weight[part] - summed(rows, own, factor), residual)
     scale = torch.where(diagonal > 0, 1 / diagonal.clamp_min(1e-30), 0.0)
     direction = residual * scale
     norm = (residual * direction).sum(0)
     for _ in range(steps):
         image = torch.zeros_like(rows)
-        for part in chunks(len(weight)):
-            pull(part, summed(direction, slots, factors, part), image)
+        for part in weight.chunks():
+            own, factor, share = terms(part)
+            pull(own, factor * share, summed(direction, own, factor), image)
         length = norm / (direction * image).sum(0).clamp_min(1e-30)
         rows, residual = rows + length * direction, residual - length * image
         next_norm = (residual * residual * scale).sum(0)
@@ -76,16 +95,21 @@ def fit_summed_rows(
 
 
 def fit_importance(
-    importance: Tensor, rows: Tensor, slots: Sequence[Tensor], buckets: Tensor, weight: Tensor, count: Tensor
+    importance: Tensor,
+    rows: Tensor,
+    slots: Slots,
+    buckets: Callable[[Tensor], Tensor],
+    weight: RowSource,
+    count: Tensor,
 ) -> Tensor:
     """Importance weights whose weighted sums come closest to ``weight``, pulled slightly to what they were.
 
     Args:
         importance: float32 ``(W, H)`` as they were.
         rows: float32 ``(R, D)``.
-        slots: H tensors int64 ``(V,)``: the rows of each id.
-        buckets: int64 ``(V,)`` in ``[0, W)``: the importance weights of each id.
-        weight: float32 ``(V, D)``.
+        slots: the H rows of ids.
+        buckets: of ids int64 ``(n,)`` the number of their importance weights, int64 ``(n,)`` in ``[0, W)``.
+        weight: ``(V, D)``.
         count: float32 ``(V,)``, above 0.
 
     Returns:
@@ -94,25 +118,26 @@ def fit_importance(
     num_hashes = importance.shape[1]
     gram = importance.new_zeros(len(importance), num_hashes, num_hashes)
     moment = importance.new_zeros(len(importance), num_hashes)
-    for part in chunks(len(weight)):
-        terms = torch.stack([rows[slot[part]] for slot in slots], dim=1)
+    for part in weight.chunks():
+        ids = ids_of(part, weight.device)
+        terms, bucket = torch.stack([rows[slot] for slot in slots(ids)], dim=1), buckets(ids)
         weighted = terms * count[part, None, None]
-        gram.index_add_(0, buckets[part], weighted @ terms.transpose(1, 2))
-        moment.index_add_(0, buckets[part], (weighted @ weight[part, :, None]).squeeze(-1))
+        gram.index_add_(0, bucket, weighted @ terms.transpose(1, 2))
+        moment.index_add_(0, bucket, (weighted @ weight[part].unsqueeze(-1)).squeeze(-1))
     ridge = 1e-3 * gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-12
     gram += ridge[..., None] * torch.eye(num_hashes, device=gram.device)
     return torch.linalg.solve(gram, moment + ridge * importance)
 
 
 def fit_parts(
-    slots: Sequence[Tensor], sizes: Sequence[int], weight: Tensor, count: Tensor, product: bool, ridge: float
+    slots: Slots, sizes: Sequence[int], weight: RowSource, count: Tensor, product: bool, ridge: float
 ) -> list[Tensor]:
     """Rows of each part whose compositions come closest to trained vectors, by alternating least squares.
 
     Args:
-        slots: k tensors int64 ``(V,)``, the class of each id in each part.
+        slots: the classes of ids in the k parts.
         sizes: k, the number of classes of each part.
-        weight: float32 ``(V, D)``.
+        weight: ``(V, D)``.
         count: float32 ``(V,)``, above 0, weights of the squared errors.
         product: whether rows are composed as ``r_0 (1 + r_1) (1 + r_2) …``, else as a sum.
         ridge: pull to zero, relative to the curvature; more keeps rows of products small where others are near zero.
@@ -120,15 +145,19 @@ def fit_parts(
     Returns:
         k tensors float32 ``(sizes[j], D)``.
     """
-    rows = [weight.new_zeros(size, weight.shape[1]) for size in sizes]
-    masses = [weight.new_zeros(size, 1).index_add_(0, s, count[:, None]) for size, s in zip(sizes, slots, strict=True)]
+    rows = [torch.zeros(size, weight.shape[1], device=weight.device) for size in sizes]
+    masses = [torch.zeros(size, 1, device=weight.device) for size in sizes]
+    for part in weight.chunks():
+        for mass, own in zip(masses, slots(ids_of(part, weight.device)), strict=True):
+            mass.index_add_(0, own, count[part, None])
     for number in list(range(len(rows))) * _PART_ROUNDS:
         moment, curvature = torch.zeros_like(rows[number]), torch.zeros_like(rows[number])
-        for part in chunks(len(weight)):
-            slope, offset = _linear_in(number, [r[s[part]] for r, s in zip(rows, slots, strict=True)], product)
+        for part in weight.chunks():
+            classes = slots(ids_of(part, weight.device))
+            slope, offset = _linear_in(number, [r[own] for r, own in zip(rows, classes, strict=True)], product)
             pull = slope * count[part, None]
-            moment.index_add_(0, slots[number][part], pull * (weight[part] - offset))
-            curvature.index_add_(0, slots[number][part], pull * slope)
+            moment.index_add_(0, classes[number], pull * (weight[part] - offset))
+            curvature.index_add_(0, classes[number], pull * slope)
         curvature += ridge * masses[number] * (curvature.sum(0) / count.sum())
         rows[number] = moment / curvature.clamp_min(1e-30)
     return rows
@@ -145,15 +174,9 @@ def _linear_in(number: int, rows: Sequence[Tensor], product: bool) -> tuple[Tens
     return base, torch.zeros_like(base) if number == 0 else base
 
 
-def summed(rows: Tensor, slots: Sequence[Tensor], factors: Tensor, part: slice) -> Tensor:
-    """Weighted sums of rows for a chunk of ids, float32 ``(len(part), D)``."""
-    vectors = rows[slots[0][part]] * factors[part, :1]
+def summed(rows: Tensor, slots: Sequence[Tensor], factors: Tensor) -> Tensor:
+    """Sums of H rows for each of n ids, with factors ``(n, H)``: float32 ``(n, D)``."""
+    vectors = rows[slots[0]] * factors[:, :1]
     for number, slot in enumerate(slots[1:], start=1):
-        vectors.addcmul_(rows[slot[part]], factors[part, number : number + 1])
+        vectors.addcmul_(rows[slot], factors[:, number : number + 1])
     return vectors
-
-
-def chunks(length: int) -> Iterator[slice]:
-    """Slices that cover ``[0, length)``."""
-    for start in range(0, length, CHUNK):
-        yield slice(start, min(start + CHUNK, length))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from embcomp.config import StrategyConfig, check_at_least, check_choice
 from embcomp.hashing import hash_seed, hash_to_range
+from embcomp.row_source import RowSource, ids_of
 from embcomp.specs import TableSpec
 from embcomp.storage import Ids, make_row_store
 from embcomp.storage.base import as_matrix
@@ -46,6 +47,7 @@ class ProjectedTables(EmbeddingTables):
     """Tables stored at one smaller dimension d < D, without exemptions."""
 
     can_be_sharded = True
+    can_be_streamed = True
     _starts: Tensor
     _ranges: Tensor
     _seeds: Tensor
@@ -113,51 +115,58 @@ class ProjectedTables(EmbeddingTables):
         if self.config.projection == "linear":
             self.projection[index] = old.projection[own]
 
-    def fit(self, weights: Sequence[Tensor], counts: Sequence[Tensor]) -> None:
+    def fit(self, weights: Sequence[RowSource], counts: Sequence[Tensor]) -> None:
         for index, (start, weight, count) in enumerate(zip(self.rows.starts(), weights, counts, strict=True)):
-            if self.config.share > 1:
-                ids = torch.arange(len(weight), device=weight.device)
-                weight, count = weighted_means(weight, count, self._row(ids, index), self.rows.segments[index])
             if self.config.projection == "none":
-                self.rows.write_(start, weight[:, : self.dim])
+                weight = weight.columns(0, self.dim)
+            if self.config.share > 1:
+                means, count = weighted_means(weight, count, partial(self._row, table=index), self.rows.segments[index])
+                weight = RowSource.of(means)
+            if self.config.projection == "none":
+                self.rows.write_(start, weight)
                 continue
             axes = principal_axes(weight, count)[:, : self.dim]
-            self.rows.write_(start, weight @ axes)
+            self.rows.write_(start, weight.times(axes))
             self.projection[index].copy_(axes.T)
 
 
-def weighted_means(weight: Tensor, count: Tensor, row: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+def weighted_means(
+    weight: RowSource, count: Tensor, row: Callable[[Tensor], Tensor], num_rows: int
+) -> tuple[Tensor, Tensor]:
     """Count-weighted means of the rows that share a bucket.
 
     Args:
-        weight: float32 ``(V, D)``.
+        weight: ``(V, D)``.
         count: float32 ``(V,)``, above zero.
-        row: int64 ``(V,)``, the bucket of each row.
+        row: of ids int64 ``(n,)`` the bucket of each, int64 ``(n,)``.
         num_rows: R.
 
     Returns:
         float32 ``(R, D)`` means (zeros for empty buckets) and ``(R,)`` summed counts.
     """
-    total = torch.zeros(num_rows, device=weight.device).index_add_(0, row, count)
+    total = torch.zeros(num_rows, device=weight.device)
     mean = torch.zeros(num_rows, weight.shape[1], device=weight.device)
-    for ids in torch.arange(len(weight), device=weight.device).split(65536):
-        mean.index_add_(0, row[ids], weight[ids] * count[ids, None])
-    return mean / total.clamp_min(torch.finfo(torch.float32).tiny)[:, None], total
+    for part in weight.chunks():
+        own = row(ids_of(part, weight.device))
+        total.index_add_(0, own, count[part])
+        mean.index_add_(0, own, weight[part] * count[part, None])
+    return mean.div_(total.clamp_min(torch.finfo(torch.float32).tiny)[:, None]), total
 
 
-def principal_axes(weight: Tensor, count: Tensor) -> Tensor:
+def principal_axes(weight: Tensor | RowSource, count: Tensor) -> Tensor:
     """Right singular vectors of ``diag(count)^½ weight``, ``(D, D)``, by falling singular value.
 
     Projecting rows on the first d of them is the best rank-d approximation in the count-weighted Frobenius norm
     (Eckart–Young).
     """
-    return torch.linalg.eigh(gram(weight, count))[1].flip(1).to(weight.dtype)
+    return torch.linalg.eigh(gram(weight, count))[1].flip(1).to(torch.float32)
 
 
-def gram(weight: Tensor, count: Tensor) -> Tensor:
+def gram(weight: Tensor | RowSource, count: Tensor) -> Tensor:
     """Count-weighted Gram matrix ``weightᵀ diag(count) weight`` in float64, ``(D, D)``, chunk by chunk."""
-    total = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
-    for rows, share in zip(weight.split(65536), count.split(65536), strict=True):
-        wide = rows.double()
-        total += (wide * share.double()[:, None]).T @ wide
+    source = RowSource.of(weight)
+    total = torch.zeros(source.shape[1], source.shape[1], dtype=torch.float64, device=source.device)
+    for rows in source.chunks():
+        wide = source[rows].double()
+        total += (wide * count[rows, None].double()).T @ wide
     return total

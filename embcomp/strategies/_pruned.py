@@ -207,7 +207,7 @@ class PrunedTables(CutTables):
         yield
         weight.copy_(before)
 
-    def load_dense_(self, weights: Mapping[str, Tensor], counts: Mapping[str, Tensor] | None = None) -> EmbeddingTables:
+    def load_dense_(self, weights: Mapping[str, Any], counts: Mapping[str, Tensor] | None = None) -> EmbeddingTables:
         super().load_dense_(weights, counts)
         with torch.no_grad(), self._only_served_rows():
             self.rows.fit_scales_()

@@ -99,6 +99,7 @@ class CompactTables(MixedTables):
 
     knob = "steps of dimension, bits and sharing"
     knob_is_fine = False
+    can_be_streamed = True
 
     def pieces(self) -> list[Piece]:
         layout, found = self.config.layout or {}, []

@@ -9,10 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from embcomp.config import StrategyConfig, check_at_least, check_choice, register_strategy
+from embcomp.config import StrategyConfig, check_at_least, check_at_most, check_choice, register_strategy
 from embcomp.errors import ConfigError
 from embcomp.hashing import hash_seed
 from embcomp.memory import MemoryPart
+from embcomp.row_source import RowSource
 from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import RowFormat, RowStore, make_row_store, stored_bytes
 from embcomp.strategies._allocation import allocate_rows, check_table_names
@@ -29,6 +30,7 @@ from embcomp.strategies._partitions import (
 from embcomp.stretches import RowTerm, Stretch
 from embcomp.tables import EmbeddingTables
 
+MOST_PARTS = 256
 COMBINES = ("product", "sum", "concat")
 FACTOR_STD = 0.1
 """Initial spread of the product's factors around one."""
@@ -42,7 +44,7 @@ class CompositionalConfig(StrategyConfig):
         parts: table name -> sizes of its parts such as ``"593x11"``: the first says how many ids in a row differ in
             their first row, the last how many groups of consecutive ids share their last one. Their product is at least
             the number of ids; a single size, the number of ids, keeps the table whole. None to let the budget choose.
-        num_parts: k, rows that make a vector, at least 2.
+        num_parts: k, rows that make a vector, 2 to 256.
         combine: ``"product"`` or ``"sum"`` of the rows, or ``"concat"`` (D / k values from each; k must divide D).
         shuffle: permute ids first, by a fixed bijection, so that neighbours don't share rows. Ids that are sorted by
             frequency need none for the first part, which tells frequent ids apart, but share the rows of the others.
@@ -61,6 +63,7 @@ class CompositionalConfig(StrategyConfig):
         super().__post_init__()
         check_choice(self, "combine", COMBINES)
         check_at_least(self, "num_parts", 2)
+        check_at_most(self, "num_parts", MOST_PARTS)
         check_at_least(self, "allocation_power", 0)
         if not 0 <= self.exempt_share < 1:
             raise ConfigError(f"CompositionalConfig(exempt_share={self.exempt_share!r}): must be in [0, 1)")
@@ -84,6 +87,7 @@ class CompositionalTables(EmbeddingTables):
 
     knob = "rows"
     can_be_sharded = True
+    can_be_streamed = True
     config: CompositionalConfig
     _moduli: Tensor
     _strides: Tensor
@@ -187,24 +191,33 @@ class CompositionalTables(EmbeddingTables):
         rows = [self._rows_in(index, table)[2] for index in range(self.num_parts)]
         return std * (rows[part] / sum(rows)) ** 0.5
 
-    def fit(self, weights: Sequence[Tensor], counts: Sequence[Tensor]) -> None:
+    def fit(self, weights: Sequence[RowSource], counts: Sequence[Tensor]) -> None:
         for table, (weight, count) in enumerate(zip(weights, counts, strict=True)):
             for part, rows in enumerate(self._fitted(table, weight, count)):
                 self.store(part).write_(self._rows_in(part, table)[1], rows)
 
-    def _fitted(self, table: int, weight: Tensor, count: Tensor) -> list[Tensor]:
+    def _fitted(self, table: int, weight: RowSource, count: Tensor) -> Sequence[Tensor | RowSource]:
         """The rows of each part that come closest to a trained table."""
-        ids = self._permuted(torch.arange(len(weight), device=weight.device), table)
-        slots = [self._class_of(part, ids, table) for part in range(self.num_parts)]
         sizes = [self._rows_in(part, table)[2] for part in range(self.num_parts)]
-        columns = weight.split(self.store(0).dim, dim=1)
+        width = self.store(0).dim
+        columns = [weight.columns(first, first + width) for first in range(0, self.embedding_dim, width)]
         if self.is_whole[table]:
-            return [torch.empty_like(column).index_copy_(0, slots[0], column) for column in columns]
+            if not self.config.shuffle:
+                return columns
+            order = self._permuted(torch.arange(len(weight), device=weight.device), table).argsort()
+            return [column.take(order) for column in columns]
         if self.combine == "concat":
-            each = zip(slots, columns, sizes, strict=True)
-            return [shared_means(slot, column, count, size) for slot, column, size in each]
+            each = enumerate(zip(columns, sizes, strict=True))
+            slots = [partial(self._slots_of, table, part) for part in range(self.num_parts)]
+            return [shared_means(slots[part], column, count, size) for part, (column, size) in each]
         ridge = 0.02 if RowFormat.parse(self.config.rows).is_integer else 1e-6  # a grid is as wide as its largest row
-        return fit_parts(slots, sizes, weight, count, self.combine == "product", ridge)
+        return fit_parts(partial(self._all_slots_of, table), sizes, weight, count, self.combine == "product", ridge)
+
+    def _slots_of(self, table: int, part: int, ids: Tensor) -> Tensor:
+        return self._class_of(part, self._permuted(ids, table), table)
+
+    def _all_slots_of(self, table: int, ids: Tensor) -> list[Tensor]:
+        return [self._slots_of(table, part, ids) for part in range(self.num_parts)]
 
     # ---- sizes ------------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from embcomp.config import StrategyConfig, check_choice, register_strategy
 from embcomp.errors import ConfigError
 from embcomp.hashing import check_range, hash_seed, hash_to_range
+from embcomp.row_source import RowSource, ids_of
 from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import make_row_store
 from embcomp.storage.base import as_matrix
@@ -73,6 +74,7 @@ class FrequencyCutTables(EmbeddingTables):
 
     knob = "rows"
     can_be_sharded = True
+    can_be_streamed = True
     config: FrequencyCutConfig
     _starts: Tensor
     _tail_starts: Tensor
@@ -128,17 +130,28 @@ class FrequencyCutTables(EmbeddingTables):
     def reset_parameters(self) -> None:
         self.rows.reset_parameters([spec.init_std for spec in self.specs], self.generator())
 
-    def fit(self, weights: Sequence[Tensor], counts: Sequence[Tensor]) -> None:
+    def fit(self, weights: Sequence[RowSource], counts: Sequence[Tensor]) -> None:
         for index, (weight, count) in enumerate(zip(weights, counts, strict=True)):
-            ids = torch.arange(len(weight), device=weight.device)
-            kept, rows = self.remap(ids, index)
-            fitted = weight.new_empty(self.rows.segments[index], weight.shape[1])
+            start, number = self.rows.starts()[index], self.num_kept[index]
+            self.rows.write_(start, self._kept_rows(index, weight))
             if self.num_tail[index]:
-                start, tail = self.num_kept[index], ~kept
-                slots = (self._tail_rows(ids, index) - start).expand_as(ids)[tail]
-                fitted[start:] = shared_means(slots, weight[tail], count[tail], self.num_tail[index])
-            fitted[rows[kept]] = weight[kept]
-            self.rows.write_(self.rows.starts()[index], fitted)
+                self.rows.write_(start + number, self._tail_means(index, weight, count))
+
+    def _kept_rows(self, index: int, weight: RowSource) -> RowSource:
+        """Rows of kept ids: in the order of ids, which is that of their rows."""
+        if not self.is_remapped[index]:
+            return weight.part(0, self.num_kept[index])
+        parts = [ids_of(part, weight.device) for part in weight.chunks()]
+        return weight.take(torch.cat([ids[self.remap(ids, index)[0]] for ids in parts]))
+
+    def _tail_means(self, index: int, weight: RowSource, count: Tensor) -> Tensor:
+        """Means of the ids that are not kept, by the row of the tail that they share."""
+
+        def slots(ids: Tensor) -> Tensor:
+            return (self._tail_rows(ids, index) - self.num_kept[index]).expand_as(ids)
+
+        in_tail = torch.cat([~self.remap(ids_of(part, weight.device), index)[0] for part in weight.chunks()])
+        return shared_means(slots, weight, count * in_tail, self.num_tail[index])
 
     def _grown_config(self, specs: Sequence[TableSpec]) -> FrequencyCutConfig:
         kept = dict(self.config.num_kept or {})

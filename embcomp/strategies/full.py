@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from embcomp.config import StrategyConfig, register_strategy
+from embcomp.row_source import RowSource
 from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import RowStore, make_row_store
 from embcomp.storage.base import as_matrix
@@ -32,6 +33,7 @@ class FullTables(EmbeddingTables):
     knob = "nothing (choose rows=)"
     knob_is_fine = False
     can_be_sharded = True
+    can_be_streamed = True
     config: FullConfig
     _starts: Tensor
 
@@ -60,7 +62,7 @@ class FullTables(EmbeddingTables):
     def reset_parameters(self) -> None:
         self.rows.reset_parameters([spec.init_std for spec in self.specs], self.generator())
 
-    def fit(self, weights: Sequence[Tensor], counts: Sequence[Tensor]) -> None:
+    def fit(self, weights: Sequence[RowSource], counts: Sequence[Tensor]) -> None:
         for start, weight in zip(self.rows.starts(), weights, strict=True):
             self.rows.write_(start, weight)
 

@@ -10,18 +10,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from embcomp.config import StrategyConfig, check_at_least, check_choice, register_strategy
+from embcomp.config import StrategyConfig, check_at_least, check_at_most, check_choice, register_strategy
 from embcomp.errors import ConfigError
 from embcomp.hashing import check_range, hash_seed, hash_to_range
+from embcomp.row_source import RowSource, weighted_mean
 from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import RowStore, make_row_store
 from embcomp.storage.base import as_matrix
 from embcomp.strategies._allocation import allocate_rows, check_table_names
-from embcomp.strategies._fitting import fit_importance, fit_summed_rows, shared_means
+from embcomp.strategies._fitting import Factors, fit_importance, fit_summed_rows, shared_means
 from embcomp.strategies._hash_sizes import importance_format, largest_rows, rows_worth, smallest_rows, width_of
 from embcomp.stretches import RowTerm, Stretch
 from embcomp.tables import EmbeddingTables
 
+MOST_HASHES = 256
 COMBINES = ("sum", "mean", "concat", "weighted")
 _FIT_STEPS = 8
 _FIT_ROUNDS = 3
@@ -34,7 +36,7 @@ class HashConfig(StrategyConfig):
     Attributes:
         num_rows: table name -> R, rows of D values, at most its number of ids, and then each id has its own row; None
             to let the budget choose.
-        num_hashes: H, hash functions per table.
+        num_hashes: H, hash functions per table, at most 256.
         combine: how the H rows of an id make its vector: ``"sum"``, ``"mean"``, ``"concat"`` (D / H values from each,
             so H must divide D; each hash function has R such rows to itself), or ``"weighted"``, a sum with learned
             importance weights.
@@ -55,6 +57,7 @@ class HashConfig(StrategyConfig):
         super().__post_init__()
         check_choice(self, "combine", COMBINES)
         check_at_least(self, "num_hashes", 1)
+        check_at_most(self, "num_hashes", MOST_HASHES)
         check_at_least(self, "allocation_power", 0)
         check_at_least(self, "buckets_per_row", 1)
         if not 0 <= self.exempt_share < 1:
@@ -80,6 +83,7 @@ class HashTables(EmbeddingTables):
 
     knob = "rows"
     can_be_sharded = True
+    can_be_streamed = True
     takes_any_id = True
     config: HashConfig
     _owners: dict[str, tuple[bool, ...]]
@@ -220,46 +224,61 @@ class HashTables(EmbeddingTables):
         total = math.sqrt(hashes + hashes * (hashes - 1) / self.num_rows[index])
         return total / hashes if self.combine == "mean" else total
 
-    def fit(self, weights: Sequence[Tensor], counts: Sequence[Tensor]) -> None:
+    def fit(self, weights: Sequence[RowSource], counts: Sequence[Tensor]) -> None:
         for index, (start, weight, count) in enumerate(zip(self.rows.starts(), weights, counts, strict=True)):
-            own, size = self._owners["rows"][index], self.num_rows[index]
-            ids = torch.arange(len(weight), device=weight.device)
-            slots = [self._rows_of(ids, index, j, own) - start for j in range(self.num_hashes)]
             if self.combine == "concat":
-                self._fit_blocks(index, slots, weight, count)
-            elif own:
+                self._fit_blocks(index, weight, count)
+            elif self._owners["rows"][index]:
                 self.rows.write_(start, weight)
             elif self.combine == "weighted":
-                self._fit_weighted(index, slots, weight, count)
+                self._fit_weighted(index, weight, count)
+            elif self.num_hashes == 1:
+                slots = partial(hash_to_range, seeds=self._seeds[index, 0], size=self.num_rows[index])
+                self.rows.write_(start, shared_means(slots, weight, count, self.num_rows[index]))
             else:
                 factor = 1.0 if self.combine == "sum" else 1 / self.num_hashes
-                factors = weight.new_full((len(weight), self.num_hashes), factor)
-                self.rows.write_(start, self._fit_rows(None, slots, factors, weight, count, size))
+                self.rows.write_(start, self._fit_rows(index, None, partial(self._same_factor, factor), weight, count))
 
-    def _fit_blocks(self, index: int, slots: list[Tensor], weight: Tensor, count: Tensor) -> None:
-        size, own = self.num_rows[index], self._owners["rows"][index]
-        for number, (slot, part) in enumerate(zip(slots, weight.split(self.rows.dim, dim=1), strict=True)):
-            first = number * size
-            rows = part if own else shared_means(slot - first, part, count, size)
-            self.rows.write_(self.rows.starts()[index] + first, rows)
+    def _same_factor(self, factor: float, ids: Tensor) -> Tensor:
+        return torch.full((len(ids), self.num_hashes), factor, device=ids.device)
 
-    def _fit_rows(
-        self, rows: Tensor | None, slots: list[Tensor], factors: Tensor, weight: Tensor, count: Tensor, size: int
-    ) -> Tensor:
+    def _slots_of(self, index: int, ids: Tensor) -> list[Tensor]:
+        """Rows within a table that is not exempt, for each hash function: int64 ``(n,)`` each."""
+        seeds, size = self._seeds[index], self.num_rows[index]
+        return [hash_to_range(ids, seeds[number], size) for number in range(self.num_hashes)]
+
+    def _fit_blocks(self, index: int, weight: RowSource, count: Tensor) -> None:
+        start, size, width = self.rows.starts()[index], self.num_rows[index], self.rows.dim
+        for number in range(self.num_hashes):
+            rows: RowSource | Tensor = weight.columns(number * width, (number + 1) * width)
+            if not self._owners["rows"][index]:
+                slots = partial(hash_to_range, seeds=self._seeds[index, number], size=size)
+                rows = shared_means(slots, rows, count, size)
+            self.rows.write_(start + number * size, rows)
+
+    def _fit_rows(self, index: int, rows: Tensor | None, factors: Factors, weight: RowSource, count: Tensor) -> Tensor:
         if rows is None:  # rows that no id uses keep what a mean vector needs, for ids that come later
-            mean = (count @ weight / count.sum()) / factors[0].sum()
-            rows = mean.expand(size, -1).clone()
-        return fit_summed_rows(rows, slots, factors, weight, count, 1 if len(slots) == 1 else _FIT_STEPS)
+            first = factors(torch.zeros(1, dtype=torch.int64, device=weight.device))
+            mean = weighted_mean(weight, count) / first.sum()
+            rows = mean.expand(self.num_rows[index], -1).clone()
+        steps = 1 if self.num_hashes == 1 else _FIT_STEPS
+        return fit_summed_rows(rows, partial(self._slots_of, index), factors, weight, count, steps)
 
-    def _fit_weighted(self, index: int, slots: list[Tensor], weight: Tensor, count: Tensor) -> None:
+    def _fit_weighted(self, index: int, weight: RowSource, count: Tensor) -> None:
         """Alternate between rows (conjugate gradients) and importance weights (an H × H system per bucket)."""
-        start = self.importance.starts()[index]
-        buckets = self._buckets_of(torch.arange(len(weight), device=weight.device), index) - start
-        importance = weight.new_ones(self.importance.segments[index], self.num_hashes)
-        rows = self._fit_rows(None, slots, importance[buckets], weight, count, self.num_rows[index])
+        start, slots = self.importance.starts()[index], partial(self._slots_of, index)
+        importance = torch.ones(self.importance.segments[index], self.num_hashes, device=weight.device)
+
+        def buckets(ids: Tensor) -> Tensor:
+            return self._buckets_of(ids, index) - start
+
+        def factors(ids: Tensor) -> Tensor:
+            return importance[buckets(ids)]
+
+        rows = self._fit_rows(index, None, factors, weight, count)
         for _ in range(_FIT_ROUNDS):
             importance = fit_importance(importance, rows, slots, buckets, weight, count)
-            rows = self._fit_rows(rows, slots, importance[buckets], weight, count, self.num_rows[index])
+            rows = self._fit_rows(index, rows, factors, weight, count)
         self.importance.write_(start, importance)
         self.rows.write_(self.rows.starts()[index], rows)
 

@@ -51,6 +51,7 @@ class LowRankTables(MixedTables):
 
     knob = "ranks"
     knob_is_fine = False
+    can_be_streamed = True
 
     def pieces(self) -> list[Piece]:
         ranks = self.config.ranks or {}
@@ -107,7 +108,7 @@ def spectrum(spec: TableSpec, known: Knowledge) -> Tensor:
         return torch.arange(1, spec.embedding_dim + 1, dtype=torch.float64) ** -2
     key = ("spectrum", spec.name)
     if key not in known.derived:
-        weight = known.weights[spec.name].float()
-        count = known.counts.get(spec.name, torch.ones(len(weight))).to(weight.device, torch.float32)
+        weight = known.weights[spec.name]
+        count = known.counts.get(spec.name, torch.ones(1).expand(len(weight))).to(weight.device, torch.float32)
         known.derived[key] = torch.linalg.eigvalsh(gram(weight, count)).flip(0).clamp_min(0)
     return known.derived[key]

@@ -12,6 +12,7 @@ from torch import Tensor
 from embcomp.config import StrategyConfig, check_at_least, check_choice, register_strategy
 from embcomp.errors import ConfigError
 from embcomp.phases import PLAIN, Phase
+from embcomp.row_source import RowSource
 from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import RowFormat, make_row_store
 from embcomp.storage.pruned import PrunedRows, make_pruned_store
@@ -85,6 +86,7 @@ class MagnitudeTables(EmbeddingTables):
 
     knob = "values"
     has_zero_vectors = True
+    can_be_streamed = True
     config: MagnitudeConfig
     _starts: Tensor
 
@@ -115,7 +117,7 @@ class MagnitudeTables(EmbeddingTables):
     def reset_parameters(self) -> None:
         self.rows.reset_parameters([spec.init_std for spec in self.specs], self.generator())
 
-    def fit(self, weights: Sequence[Tensor], counts: Sequence[Tensor]) -> None:
+    def fit(self, weights: Sequence[RowSource], counts: Sequence[Tensor]) -> None:
         for start, weight in zip(self.rows.starts(), weights, strict=True):
             self.rows.write_(start, weight)
         if isinstance(self.rows, PrunedRows):
@@ -217,12 +219,12 @@ class MagnitudeTables(EmbeddingTables):
         )
         pads = zip(rows.starts(), self.specs, strict=True)
         rows.last_rows = tuple(start + spec.padding_idx for start, spec in pads if spec.padding_idx is not None)
-        if config.weighted and not rows.weight.is_meta:
+        if config.weighted and not rows.mask.is_meta:
             missing = [name for name in self.names if name not in counts]
             if missing:
                 logger.info("no counts of tables %s: magnitudes are compared unweighted", ", ".join(missing))
             else:
-                rows.importance = self._importance(counts).to(rows.weight.device)
+                rows.importance = self._importance(counts).to(rows.mask.device)
         return rows
 
     def _importance(self, counts: Mapping[str, Tensor]) -> Tensor:

@@ -59,6 +59,7 @@ class MixedDimTables(MixedTables):
 
     knob = "steps of alpha"
     knob_is_fine = False
+    can_be_streamed = True
 
     def pieces(self) -> list[Piece]:
         dims = self.config.dims

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from embcomp.budget import Budget
-from embcomp.config import check_at_least, check_choice, register_strategy
+from embcomp.config import check_at_least, check_at_most, check_choice, register_strategy
 from embcomp.errors import BudgetError, ConfigError
 from embcomp.phases import Phase
 from embcomp.specs import Knowledge, TableSpec
@@ -37,6 +37,7 @@ from embcomp.tables import EmbeddingTables
 from embcomp.training.greedy import GreedyCut
 from embcomp.training.search import Candidate, FrontPoint, Search
 
+MOST_TIERS = 256
 RETRAIN = ("none", "finetune", "initial")
 _NOWHERE = torch.iinfo(torch.int64).max
 
@@ -67,6 +68,7 @@ class NestedConfig(CutConfig):
         super().__post_init__()
         check_at_least(self, "distill", 0)
         check_at_least(self, "tiers", 1)
+        check_at_most(self, "tiers", MOST_TIERS)
         check_choice(self, "retrain", RETRAIN)
         if self.ladder is not None and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.ladder):
             raise ConfigError(f"NestedConfig(ladder={self.ladder!r}): write rising widths, such as '1,2,4,8,16'")

@@ -66,6 +66,7 @@ class QuantizeTables(MixedTables):
 
     knob = "bits"
     knob_is_fine = False
+    can_be_streamed = True
 
     def pieces(self) -> list[Piece]:
         row_format = self.config.row_format()

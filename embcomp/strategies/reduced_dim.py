@@ -45,6 +45,7 @@ class ReducedDimTables(MixedTables):
 
     knob = "dim"
     knob_is_fine = False
+    can_be_streamed = True
 
     def pieces(self) -> list[Piece]:
         return [

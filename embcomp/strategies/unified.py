@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from embcomp.config import StrategyConfig, check_at_least, check_choice, register_strategy
 from embcomp.errors import ConfigError
 from embcomp.hashing import hash_ids, hash_seed, hash_to_range
+from embcomp.row_source import RowSource, ids_of
 from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import make_row_store
 from embcomp.strategies._unified_diagnostics import UnifiedDiagnostics, diagnose, first_layer_overlap
 from embcomp.strategies._unified_sizes import check_choices, chunk_dim_of, complete_sizes, row_range
 from embcomp.stretches import RowTerm, Stretch
-from embcomp.tables import CHUNK, EmbeddingTables
+from embcomp.tables import EmbeddingTables
 
 READERS = ("none", "sign", "diagonal")
 ALIKE = 0.05
@@ -81,6 +82,7 @@ class UnifiedTables(EmbeddingTables):
 
     knob = "pool rows"
     can_be_sharded = True
+    can_be_streamed = True
     takes_any_id = True
     config: UnifiedConfig
     _seeds: Tensor
@@ -181,7 +183,7 @@ class UnifiedTables(EmbeddingTables):
         if self.config.reader == "diagonal":
             self.diagonal.fill_(1.0)
 
-    def fit(self, weights: Sequence[Tensor], counts: Sequence[Tensor]) -> None:
+    def fit(self, weights: Sequence[RowSource], counts: Sequence[Tensor]) -> None:
         """Fit by least squares: a row becomes the count-weighted mean of all that collides in it; unused rows, zero.
 
         Signs and scales are undone first. Since every value of a vector is one value of one row, this is the optimum.
@@ -194,11 +196,10 @@ class UnifiedTables(EmbeddingTables):
             if self.is_exempt[index]:
                 self._write_exact(index, weight)
                 continue
-            every_id = torch.arange(len(weight), device=weight.device)
-            for ids in every_id.split(CHUNK):
-                self._collect(index, ids, weight[ids], count[ids], total, mass)
+            for part in weight.chunks():
+                self._collect(index, ids_of(part, weight.device), weight[part], count[part], total, mass)
         if len(total):
-            self.rows.write_(0, total / mass.clamp_min(torch.finfo(mass.dtype).tiny).unsqueeze(1))
+            self.rows.write_(0, total.div_(mass.clamp_min(torch.finfo(mass.dtype).tiny).unsqueeze(1)))
 
     def _collect(self, index: int, ids: Tensor, target: Tensor, count: Tensor, total: Tensor, mass: Tensor) -> None:
         """Add the normal equations of some ids of one table, in place."""
@@ -210,9 +211,10 @@ class UnifiedTables(EmbeddingTables):
             total.index_add_(0, rows[:, lookup], target[:, columns] * factor * count.unsqueeze(1))
             mass.index_add_(0, rows[:, lookup], count * factor[0].square())
 
-    def _write_exact(self, index: int, weight: Tensor) -> None:
-        scaled = weight / self._factors_of(index)
-        self.rows.write_(self.exact_starts[index], scaled.reshape(-1, self.chunk_dim))
+    def _write_exact(self, index: int, weight: RowSource) -> None:
+        factors = self._factors_of(index)
+        scaled = weight.mapped(lambda rows: rows / factors, self.embedding_dim)
+        self.rows.write_(self.exact_starts[index], scaled.cut(self.chunk_dim))
 
     def _factors_of(self, index: int) -> Tensor:
         if self._factors is None:

@@ -132,8 +132,9 @@ def test_strategies_lists_what_each_can(capsys):
     assert [line.split()[0] for line in text.splitlines()[1:]] == embcomp.list_strategies()
     rows = {row["strategy"]: row for row in json.loads(run(capsys, "strategies", "--json")[1])["strategies"]}
     assert [name for name, row in rows.items() if row["front"]] == ["nested"]
-    assert [name for name, row in rows.items() if row["any_id"]] == ["hash", "unified"]
-    assert [name for name, row in rows.items() if not row["sharded"]] == ["magnitude", "nested", "optembed"]
+    assert [name for name, row in rows.items() if row["any_id"]] == ["dynamic", "hash", "unified"]
+    assert [name for name, row in rows.items() if not row["sharded"]] == ["dynamic", "magnitude", "nested", "optembed"]
+    assert [name for name, row in rows.items() if not row["streamed"]] == ["dynamic", "nested", "optembed"]
 
 
 @pytest.mark.parametrize(

@@ -253,8 +253,9 @@ def test_finalize_and_evaluation_change_nothing(row_format):
 
 @pytest.mark.parametrize("row_format", ["int8:row", "int2:column:after", "int3:column", "int1:group7:after"])
 def test_finalize_in_chunks_leaves_no_seam(row_format, monkeypatch):
-    store = make_row_store(row_format, [40, 30, 50], 3)
+    store = make_row_store(row_format, [40, 30, 130], 3)
     store.reset_parameters([0.1, 0.2, 0.3])
     whole = store.finalize().state_dict()
     monkeypatch.setattr("embcomp.storage.quantized._CHUNK_VALUES", 64)
+    monkeypatch.setattr("embcomp.row_source.CHUNK_VALUES", 64)
     assert all(torch.equal(tensor, whole[name]) for name, tensor in store.finalize().state_dict().items())

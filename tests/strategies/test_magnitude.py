@@ -112,7 +112,7 @@ def test_counts_weigh_magnitudes(unseen):
 
 @settings(deadline=None, max_examples=200)
 @given(
-    rows=st.integers(1, 40),
+    rows=st.integers(1, 150),
     dim=st.sampled_from([1, 2, 3, 8, 30]),
     share=st.floats(0, 1),
     step=st.sampled_from([0.0, 0.5, 3.0]),
@@ -130,7 +130,7 @@ def test_marking_in_chunks_is_sorting(rows, dim, share, step, least, seed):
     expected = slow_mask(scores, number, least, last=last)
     scores[list(last)] = -1.0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("embcomp.storage.largest._CHUNK_VALUES", 8 * dim)
+        patch.setattr("embcomp.row_source.CHUNK_VALUES", 64 * dim)
         marked = mark_largest(lambda start, stop: scores[start:stop], rows, dim, number, least)
     assert torch.equal(packing.gather(marked, torch.arange(rows), dim, 1).bool(), expected)
     assert len(marked) == packing.packed_bytes(rows, dim, 1)

@@ -1,0 +1,235 @@
+"""``embcomp compress``: files of all kinds, what it says, and what it refuses before anything is written."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import embcomp
+from embcomp.cli import main
+
+
+@pytest.fixture
+def weights():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "tables.user.weight": torch.randn(600, 8, generator=generator),
+        "tables.item.weight": torch.randn(200, 4, generator=generator).half(),
+    }
+
+
+@pytest.fixture
+def file(tmp_path, weights):
+    save_file(weights, tmp_path / "w.safetensors")
+    return tmp_path / "w.safetensors"
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    def call(source, *arguments, output="out"):
+        code = main(["compress", str(source), "-o", str(tmp_path / output), *map(str, arguments)])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+def loaded(tmp_path):
+    return {name: tables for tables in embcomp.load_tables(tmp_path / "out") for name in tables.names}
+
+
+def test_tables_of_a_file_become_a_checkpoint(tmp_path, file, weights, run):
+    code, text, _ = run(file, "--strategy", "quantize", "--set", "bits=8", "granularity=row")
+    assert code == 0
+    assert text.splitlines()[0].startswith(f"{file} -> {tmp_path / 'out'}: quantize, 21.88 KiB as float32 -> ")
+    assert "tables.user: relative error 0.00" in text
+    tables = loaded(tmp_path)
+    assert set(tables) == {"tables.user", "tables.item"}
+    for name, own in tables.items():
+        assert own.is_final
+        torch.testing.assert_close(own.materialize(name), weights[f"{name}.weight"].float(), atol=0.02, rtol=0)
+
+
+def test_a_model_takes_what_was_compressed(tmp_path, file, run):
+    """Names are those that `compress_` gives, so hashes are the same, and the same tables come out."""
+    run(file, "--strategy", "hash", "--budget", "20%", "--set", "seed=5")
+    sizes = {"user": (600, 8), "item": (200, 4)}
+    model = nn.ModuleDict({"tables": nn.ModuleDict({n: nn.Embedding(*size) for n, size in sizes.items()})})
+    model.load_state_dict(load_file(file))
+    handle = embcomp.compress_(model, embcomp.HashConfig(seed=5), "20%", init="trained", verbose=False).finalize_()
+    for group in handle.tables:
+        for name in group.names:
+            torch.testing.assert_close(loaded(tmp_path)[name].materialize(name), group.materialize(name))
+
+
+def test_json_has_bytes_errors_and_what_was_left_out(tmp_path, weights, run):
+    torch.save({"epoch": 3, "state_dict": weights | {"head.bias": torch.zeros(3)}}, tmp_path / "w.pt")
+    code, text, _ = run(tmp_path / "w.pt", "--table", "tables.user", "--budget", "25%", "--json")
+    found = json.loads(text)
+    assert code == 0
+    assert found["float32_bytes"] == 600 * 8 * 4
+    assert found["serve_bytes"] <= 600 * 8
+    assert 0 < found["relative_error"] < 1
+    assert [row["table"] for row in found["tables"]] == ["tables.user"]
+    assert found["left_out"] == {"head.bias": "no matrix, its shape is (3,)", "tables.item.weight": "not chosen"}
+    assert found["configs"][0]["strategy"] == "compact"
+    assert found["seconds"] > 0
+
+
+def test_a_matrix_of_numpy_is_a_table(tmp_path, run):
+    rows = np.asfortranarray(np.random.default_rng(0).normal(size=(50, 4)).astype(">f8"))
+    np.save(tmp_path / "item.npy", rows)
+    assert run(tmp_path / "item.npy", "--strategy", "full")[0] == 0
+    np.testing.assert_allclose(loaded(tmp_path)["item"].materialize("item").numpy(), rows.astype(np.float32))
+
+
+def test_tables_of_torchrec_are_found_by_their_names(tmp_path, run):
+    rows = torch.randn(30, 4)
+    state = {
+        "sparse.ebc.embedding_bags.t_user.weight": rows,
+        "sparse.ec.embeddings.t_item.weight": rows + 1,
+        "dense.0.weight": torch.randn(4, 4),
+        "dense.0.bias": torch.zeros(4),
+    }
+    torch.save(state, tmp_path / "w.pt")
+    code, text, _ = run(tmp_path / "w.pt", "--strategy", "full")
+    assert code == 0
+    assert "left out: dense.0.weight (not chosen)" in text
+    assert set(loaded(tmp_path)) == {"sparse.ebc.embedding_bags.t_user", "sparse.ec.embeddings.t_item"}
+
+
+def test_counts_weigh_errors(tmp_path, file, weights, run):
+    counts = {"tables.user": torch.zeros(600, dtype=torch.int64)}
+    counts["tables.user"][7] = 10**6
+    save_file(counts, tmp_path / "counts.safetensors")
+    arguments = ("--table", "tables.user", "--strategy", "hash", "--budget", "5%", "--json")
+    plain = json.loads(run(file, *arguments)[1])
+    weighted = json.loads(run(file, *arguments, "--counts", tmp_path / "counts.safetensors")[1])
+    assert weighted["weighted_by_counts"] == ["tables.user"]
+    assert weighted["relative_error"] < 0.05 < plain["relative_error"]
+    got = loaded(tmp_path)["tables.user"](torch.tensor([7]), 0)
+    torch.testing.assert_close(got, weights["tables.user.weight"][7:8], atol=0.05, rtol=0)
+    np.save(tmp_path / "counts.npy", counts["tables.user"].numpy())
+    again = json.loads(run(file, *arguments, "--counts", tmp_path / "counts.npy")[1])
+    assert again["relative_error"] == weighted["relative_error"]
+
+
+def test_an_older_checkpoint_is_replaced_whole(tmp_path, file, run):
+    run(file, "--strategy", "full")
+    run(file, "--strategy", "hash", "--budget", "10%")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 1
+    assert loaded(tmp_path)["tables.user"].config.num_hashes == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--strategy", "hesh", "--budget", "10%"), "did you mean 'hash'"),
+        (("--strategy", "hash"), "leaves its size (rows) open: give budget="),
+        (("--strategy", "hash", "--budget", "0.001%"), "smallest feasible budget is"),
+        (("--strategy", "hash", "--budget", "lots"), "can't be read"),
+        (("--budget", "10%", "--set", "rows"), "write OPTION=VALUE"),
+        (("--strategy", "hash", "--budget", "10%", "--set", "num_hashs=2"), "did you mean 'num_hashes'"),
+        (("--strategy", "hash", "--budget", "10%", "--set", "seed=x"), "must be int, not str"),
+        (("--strategy", "nested", "--budget", "10%", "--memory", "1kB"), "needs all rows at once"),
+        (("--budget", "10%", "--memory", "10%"), "give bytes, such as 8GiB"),
+        (("--budget", "10%", "--table", "tables.usr"), "did you mean 'tables.user.weight'"),
+        (("--budget", "10%", "--counts", "nowhere.safetensors"), "nowhere.safetensors can't be read"),
+        (("--budget", "10%", "--counts", "nowhere.npy"), "counts of one table, of 2"),
+    ],
+)
+def test_what_is_wrong_is_told_and_nothing_is_written(tmp_path, file, run, arguments, message):
+    code, text, error = run(file, *arguments)
+    assert (code, text) == (2, "")
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def broken(tmp_path, name):
+    path = tmp_path / name
+    rows = torch.randn(20, 4)
+    if name == "model.pt":
+        torch.save({"a.weight": rows, "b.bias": torch.zeros(4)}, path)
+    elif name == "code.pt":
+        torch.save({"a": print, "b": rows}, path)
+    elif name == "list.pt":
+        torch.save([rows], path)
+    elif name == "ints.pt":
+        torch.save({"a": rows.long(), "b": torch.zeros(3, 0), "c": rows.to_sparse()}, path)
+    elif name == "twice.pt":
+        torch.save({"a": rows, "a.weight": rows}, path)
+    elif name == "nan.npy":
+        np.save(path, np.full((20, 4), np.nan, np.float32))
+    elif name == "vector.npy":
+        np.save(path, np.zeros(20, np.float32))
+    elif name == "objects.npy":
+        np.save(path, np.array([[print]], dtype=object))
+    elif name == "cut.npy":
+        np.save(path, np.zeros((20, 4), np.float32))
+        os.truncate(path, 200)
+    elif name == "cut.safetensors":
+        save_file({"a": rows}, path)
+        os.truncate(path, path.stat().st_size - 1)
+    elif name != "nowhere.pt":
+        path.write_bytes(b"nothing of the kind")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.pt", "is no file"),
+        ("w.csv", "'.csv' are not known"),
+        ("w.pt", "can't be read"),
+        ("w.npy", "can't be read"),
+        ("w.safetensors", "can't be read"),
+        ("code.pt", "can't be read"),
+        ("list.pt", "holds a list"),
+        ("model.pt", "looks like the state of a whole model: say which"),
+        (
+            "ints.pt",
+            "no float matrix (V, D); it has a (no dense matrix of floats), b (empty), c (no dense",
+        ),
+        ("twice.pt", "two are one table's"),
+        ("nan.npy", "are not all finite: see rows 0 to 19"),
+        ("vector.npy", "no matrix, its shape is (20,)"),
+        ("objects.npy", "can't be read"),
+        ("cut.npy", "can't be read"),
+        ("cut.safetensors", "can't be read"),
+    ],
+)
+def test_files_that_are_no_tables_are_told(tmp_path, run, name, message):
+    code, text, error = run(broken(tmp_path, name), "--strategy", "quantize", "--set", "bits=8")
+    assert (code, text) == (2, "")
+    assert message in error
+    assert name in error or "'nan'" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_the_tables_is_no_output(tmp_path, file, run):
+    code, _, error = run(file, "--budget", "10%", output=".")
+    assert code == 2
+    assert "give another folder" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == [file.name]
+
+
+def test_tables_of_one_id_and_of_one_dimension(tmp_path, run):
+    save_file({"one": torch.ones(1, 16), "thin": torch.randn(500, 1)}, tmp_path / "w.safetensors")
+    for strategy in embcomp.list_strategies():
+        options = ("--set", "rows=float16") if strategy == "full" else ("--budget", "100%")
+        assert run(tmp_path / "w.safetensors", "--strategy", strategy, *options)[0] == 0, strategy
+        assert set(loaded(tmp_path)) == {"one", "thin"}
+
+
+def test_an_output_that_is_a_file_is_refused_first(tmp_path, file, run):
+    (tmp_path / "taken").write_text("mine")
+    code, _, error = run(file, "--budget", "10%", output="taken")
+    assert (code, (tmp_path / "taken").read_text()) == (2, "mine")
+    assert "-o takes a folder" in error
+    code, _, error = run(file, "--budget", "10%", output="taken/inside")
+    assert code == 2
+    assert "can't be written" in error
