@@ -112,7 +112,7 @@ class MixedTables(EmbeddingTables):
         if table is None and not self._is_cut:
             return self._lookup_columns(ids)
         part, local, start = self._places(ids, self._columns if table is None else table)
-        if _is_eager(ids):
+        if is_eager(ids):
             return self._lookup_chosen(ids - start, part, local)
         return self._lookup_masked(ids - start, part, local, by_column=table is None)
 
@@ -240,8 +240,8 @@ class MixedTables(EmbeddingTables):
         return MemoryReport(tuple(parts), sum(spec.full_bytes for spec in self.specs))
 
 
-def _is_eager(ids: Tensor) -> bool:
-    """Whether shapes may depend on values: not while a compiler, an exporter or a CUDA graph looks."""
-    if ids.is_meta or type(ids) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+def is_eager(index: Tensor) -> bool:
+    """Whether shapes may depend on an index: not while a compiler, an exporter or a CUDA graph looks."""
+    if index.is_meta or type(index) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return not (ids.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not (index.is_cuda and torch.cuda.is_current_stream_capturing())

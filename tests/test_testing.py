@@ -67,6 +67,15 @@ class CopiesTheTable(FullTables):
         return (self.rows.weight * 1.0)[ids + self.pick(self._starts, table)]
 
 
+class GathersAMatrixPerId(FullTables):
+    def lookup(self, ids, table):
+        vectors = super().lookup(ids, table)
+        if not isinstance(table, torch.Tensor):
+            return vectors
+        rotations = torch.eye(self.embedding_dim).repeat(self.num_tables, 1, 1)
+        return torch.einsum("...d,...dk->...k", vectors, rotations[table])
+
+
 class CountsLookups(FullTables):
     def __init__(self, specs, config, counts=None):
         super().__init__(specs, config)
@@ -167,6 +176,7 @@ MUTANTS = {
     CutsGradients: "gradients",
     TrainsPadding: "padding",
     CopiesTheTable: "lookup_memory",
+    GathersAMatrixPerId: "lookup_memory",
     CountsLookups: "evaluation_changes_nothing",
     HidesBytes: "bytes",
     KeepsDataInNoFile: "config",

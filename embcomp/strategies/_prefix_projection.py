@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from embcomp.storage import DenseRows, RowFormat, RowStore
+from embcomp.strategies._table_matrices import multiply_by_table
 
 
 class PrefixProjection(nn.Module):
@@ -50,11 +51,7 @@ class PrefixProjection(nn.Module):
 
     def forward(self, vectors: Tensor, table: Tensor | int | None) -> Tensor:
         """Multiply rows, zero behind their widths, by their tables' matrices: float ``(..., D)`` to ``(..., D)``."""
-        matrices = self._matrices().to(vectors.dtype)
-        if isinstance(table, int):
-            return vectors @ matrices[table]
-        own = matrices if table is None else matrices[table]
-        return torch.einsum("...d,...dk->...k", vectors, own)
+        return multiply_by_table(vectors, self._matrices(), table)
 
     def _matrices(self) -> Tensor:
         if not self.is_served:

@@ -16,6 +16,7 @@ from embcomp.row_source import RowSource, ids_of
 from embcomp.specs import TableSpec
 from embcomp.storage import Ids, make_row_store
 from embcomp.storage.base import as_matrix
+from embcomp.strategies._table_matrices import multiply_by_table
 from embcomp.stretches import RowTerm, Stretch
 from embcomp.tables import EmbeddingTables
 
@@ -72,10 +73,7 @@ class ProjectedTables(EmbeddingTables):
         narrow = self.rows(self._row(ids, table) + self.pick(self._starts, table), table)
         if self.config.projection == "none":
             return F.pad(narrow, (0, self.embedding_dim - self.dim))
-        matrix = self.pick(self.projection, table).to(narrow.dtype)
-        if isinstance(table, int):
-            return narrow @ matrix
-        return torch.einsum("...d,...dk->...k", narrow, matrix)
+        return multiply_by_table(narrow, self.projection, table)
 
     def stretches(self, index: int, queries: Tensor) -> list[Stretch]:
         ids, start = range(self.specs[index].num_embeddings), self.rows.starts()[index]

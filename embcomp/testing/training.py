@@ -35,6 +35,9 @@ from embcomp.testing._cases import (
 LOOKUP_BYTES = 2**17
 """The largest tensor that a lookup of 64 ids at D = 16 may make, in a table of 200 000 ids."""
 
+LOOKUP_RESULTS = 4
+"""The largest tensor that a lookup with a tensor of tables may make, in sizes of its result: a matrix per id is 16."""
+
 
 def check_gradients(strategy: Strategy) -> None:
     """Gradients are finite and reach every parameter; the penalty is a finite float32 scalar."""
@@ -223,7 +226,10 @@ def check_autocast(strategy: Strategy) -> None:
 
 
 def check_lookup_memory(strategy: Strategy) -> None:
-    """A lookup makes no tensor that grows with V: training and serving form, and with sparse gradients a whole step."""
+    """A lookup makes no tensor that grows with V, nor one larger than a few vectors for each id, whatever its table.
+
+    Of the training and the serving form; with sparse gradients a whole step grows with the batch alone.
+    """
     specs = make_specs(16, {"user": 200_000, "flag": 2})
     tables = planned(strategy, specs, share=1.0, unseen="zero").build()
     ids = torch.stack([torch.arange(64) * 3001, torch.arange(64) % 3], dim=1)
@@ -232,16 +238,31 @@ def check_lookup_memory(strategy: Strategy) -> None:
         with largest, torch.no_grad():
             form(ids)
             form(ids[:, 0], "user")
-        _require_small(largest, f"a lookup in {name} form")
+        _require_small(largest, f"a lookup in {name} form", LOOKUP_BYTES)
     if supports_sparse(strategy):
         tables = planned(strategy, specs, share=1.0, unseen="zero", sparse=True).build()
         with (largest := LargestTensor()):
             tables(ids).sum().backward()
-        _require_small(largest, "a step with sparse gradients")
+        _require_small(largest, "a step with sparse gradients", LOOKUP_BYTES)
+    _require_few_vectors_per_id(strategy)
 
 
-def _require_small(largest: LargestTensor, what: str) -> None:
-    require(largest.size <= LOOKUP_BYTES, f"{what} makes a tensor of {largest.size} B, by {largest.by}")
+def _require_few_vectors_per_id(strategy: Strategy) -> None:
+    """Ids of two tables that take turns, as many as the tables have, so that a dense gradient is no larger either."""
+    tables = planned(strategy, make_specs(32, {"user": 2000, "shop": 2000}), share=0.5, unseen="zero").build()
+    ids, table = torch.arange(4000) // 2, torch.arange(4000) % 2
+    with (largest := LargestTensor()):
+        vectors = tables(ids, table)
+        vectors.sum().backward()
+    _require_small(largest, "a step on a tensor of tables", LOOKUP_RESULTS * vectors.nbytes)
+    final = tables.finalize()
+    with (largest := LargestTensor()), torch.no_grad():
+        final(ids, table)
+    _require_small(largest, "a lookup with a tensor of tables, finalized,", LOOKUP_RESULTS * vectors.nbytes)
+
+
+def _require_small(largest: LargestTensor, what: str, limit: int) -> None:
+    require(largest.size <= limit, f"{what} makes a tensor of {largest.size} B, by {largest.by}, above {limit} B")
 
 
 class LargestTensor(TorchDispatchMode):
