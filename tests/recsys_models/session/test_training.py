@@ -12,6 +12,7 @@ from recsys_models.data import Cases
 from recsys_models.ranking import evaluate_cases, rank_cases
 from recsys_models.session.floors import Popularity
 from recsys_models.training import TrainingConfig, fit
+from recsys_models.training.sessions import SessionTask
 from tests.recsys_models.killer import Killed, Killer
 from tests.recsys_models.session.tiny import NAMES, NUM_ITEMS, sequences, tiny_log, tiny_model
 from tests.recsys_models.tiny import tiny_log as tiny_clicks
@@ -105,6 +106,24 @@ def test_windows_train_on_all_of_a_long_session():
         model.learn = lambda examples, m=model, s=seen: s.append(examples) or type(m).learn(m, examples)
         fit(model, log, config(epochs=1, eval_steps=None))
         assert sum(int((e.targets >= 0).sum()) for e in seen) == 8 * targets
+
+
+@pytest.mark.parametrize("loss", ["softmax", "binary"])
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in NAMES), ("m2trec", {"causal": True})])
+def test_validation_cases_are_learned_from_as_they_are(name, options, loss):
+    model = tiny_model(LOG, name, loss=loss, **options).eval()
+    task = SessionTask(LOG)
+    raw = next(iter(LOG.validation.batches(64, 8, shuffle=True, seed=CONFIG.seed).epoch(0)))
+    examples = next(iter(task.batches("validation", model, CONFIG, torch.device("cpu")).epoch(0)))
+    for row, length in enumerate(raw.lengths.tolist()):
+        assert torch.equal(examples.items[row, :length], raw.items[row, :length])
+    assert torch.equal(examples.targets[examples.targets >= 0], raw.targets)
+    queries = task.predict(model, examples)
+    torch.testing.assert_close(queries, model.queries(raw.items, raw.lengths))
+    if loss == "softmax":
+        wanted = torch.nn.functional.cross_entropy(model(raw.items, raw.lengths), raw.targets)
+        torch.testing.assert_close(task.loss(model, examples, queries), wanted)
+    assert task.loss(model, examples, queries).isfinite()
 
 
 # ---- wrong input ---------------------------------------------------------------------------------------------------
