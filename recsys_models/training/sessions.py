@@ -46,7 +46,11 @@ class SessionTask(Task):
         if not (self.data.train.lengths > 1).any():
             raise InputError(f"no training session of {self.name} has a second item: there is nothing to learn")
         if not len(self.data.validation):
-            raise InputError(f"the validation split of {self.name} has no cases")
+            raise InputError(
+                f"the validation split of {self.name} has no cases, and models are chosen by them: give load_sessions "
+                "validation_share above 0 with protocol='last_days', or take protocol='leave_one_out', which validates "
+                "on histories of at least three items"
+            )
         for tables in find_groups(model).values():
             if any(phase.distill for phase in tables.phases()):
                 raise ConfigError(
