@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -179,10 +180,11 @@ def check_choice(config: object, field: str, allowed: tuple[str, ...]) -> None:
 
 
 def check_at_least(config: object, field: str, minimum: float) -> None:
-    """Raise `ConfigError` if a config's field is set and below ``minimum``."""
+    """Raise `ConfigError` if a config's field is set and below ``minimum``, NaN or infinite."""
     value = getattr(config, field)
-    if value is not None and not value >= minimum:
-        raise ConfigError(f"{type(config).__name__}({field}={value!r}): must be at least {minimum}")
+    if value is not None and not minimum <= value < math.inf:
+        finite = ", and finite" if value == math.inf else ""
+        raise ConfigError(f"{type(config).__name__}({field}={value!r}): must be at least {minimum}{finite}")
 
 
 def check_at_most(config: object, field: str, maximum: float) -> None:

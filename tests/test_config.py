@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -123,13 +124,16 @@ class TestMakeConfig:
         with pytest.raises(ConfigError, match=rf"ReducedDimConfig\(dim={value}\): must be at least 1"):
             ReducedDimConfig(dim=value)
 
-    def test_nan_is_not_at_least_anything(self):
+    @pytest.mark.parametrize(
+        ("value", "message"), [(math.nan, "rate=nan"), (math.inf, "must be at least 0, and finite")]
+    )
+    def test_nan_and_infinity_are_not_at_least_anything(self, value, message):
         @dataclass(frozen=True)
         class Odd:
-            rate: float = float("nan")
+            rate: float
 
-        with pytest.raises(ConfigError, match="rate=nan"):
-            check_at_least(Odd(), "rate", 0.0)
+        with pytest.raises(ConfigError, match=message):
+            check_at_least(Odd(value), "rate", 0)
 
     def test_configs_are_values(self):
         assert hash(FullConfig()) == hash(FullConfig())

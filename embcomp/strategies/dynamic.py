@@ -83,6 +83,8 @@ class DynamicConfig(StrategyConfig):
         super().__post_init__()
         for field, allowed in (("policy", POLICIES), ("admission", ADMISSIONS), ("start", STARTS)):
             check_choice(self, field, allowed)
+        if self.decay == math.inf:
+            raise ConfigError("DynamicConfig(decay=inf): must be finite; policy='lru' looks at nothing but time")
         for field, minimum in (("ttl", 1), ("min_count", 1), ("interval", 1), ("decay", 0)):
             check_at_least(self, field, minimum)
         if not 0 < self.fallback_share < 1:
@@ -95,8 +97,6 @@ class DynamicConfig(StrategyConfig):
             )
         if not 0 < self.history < math.inf:
             raise ConfigError(f"DynamicConfig(history={self.history!r}): must be above 0, and finite")
-        if self.decay == math.inf:
-            raise ConfigError("DynamicConfig(decay=inf): must be finite; policy='lru' looks at nothing but time")
         check_granularity(RowFormat.parse(self.rows))
 
 

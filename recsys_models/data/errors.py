@@ -1,7 +1,11 @@
 """The one error that reading and preparing data raises."""
 
+from __future__ import annotations
 
-class DataError(ValueError):
+from embcomp.errors import EmbcompError
+
+
+class DataError(EmbcompError, ValueError):
     """A data set cannot be read as asked.
 
     Raised for missing, empty, truncated or binary files, for too many malformed lines, and for unknown data sets or

@@ -1,5 +1,6 @@
 """What a reader of one data set provides; the rest of the package does everything else for it."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -113,9 +114,10 @@ def check_one_of(dataset: str, option: str, value: object, allowed: tuple[str, .
 
 
 def check_at_least(dataset: str, option: str, value: float, least: float) -> None:
-    """Raise a :class:`DataError` unless ``value`` is at least ``least``."""
-    if not value >= least:
-        raise DataError(f"{dataset}: option {option} is {value!r}, must be at least {least}")
+    """Raise a :class:`DataError` unless ``value`` is at least ``least``, and finite."""
+    if not least <= value < math.inf:
+        finite = ", and finite" if value == math.inf else ""
+        raise DataError(f"{dataset}: option {option} is {value!r}, must be at least {least}{finite}")
 
 
 def _check_type(dataset: str, option: str, value: object, wanted: type) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embcomp.errors import ConfigError
@@ -62,16 +63,12 @@ class BERT4Rec(Encoder):
         return last_of(hidden, sessions.lengths + 1)
 
     def prepare(self, batch: SessionBatch) -> Examples:
-        """Join inputs and targets to whole sessions again, and hide some items."""
-        items = torch.cat([batch.items[:, :1], batch.targets.clamp_min(0)], dim=1)
-        lengths = batch.lengths + (batch.targets[:, 0] != NO_TARGET)  # a session of one item has no target
+        """Join inputs and targets to whole sessions again, and hide some items; of prefixes, the next item alone."""
+        of_prefixes = batch.targets.dim() == 1
+        items, lengths = _whole(batch)
         mask = inside(lengths, items.shape[1])
-        draw = torch.rand(items.shape, device=items.device).masked_fill(~mask, 2.0)
-        hidden = draw < self.mask_share
-        hidden |= (draw == draw.amin(1, keepdim=True)) & ~hidden.any(1, keepdim=True)
         last = torch.arange(items.shape[1], device=items.device) == (lengths - 1)[:, None]
-        only_last = torch.rand(len(items), 1, device=items.device) < self.last_share
-        hidden = torch.where(only_last, last, hidden)
+        hidden = last if of_prefixes else self._drawn(mask, last)
         return Examples(items, lengths, items.masked_fill(~hidden, NO_TARGET), hidden)
 
     def hide(self, vectors: Tensor, hidden: Tensor) -> Tensor:
@@ -82,6 +79,23 @@ class BERT4Rec(Encoder):
         """Queries of the gaps: float32 ``(N, D)``."""
         return self._hidden(sessions.vectors, sessions.lengths)[targets != NO_TARGET]
 
+    def _drawn(self, mask: Tensor, last: Tensor) -> Tensor:
+        """Which items to hide, of sessions whose items and last items bool ``(B, L)`` say: bool ``(B, L)``."""
+        draw = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, 2.0)
+        hidden = draw < self.mask_share
+        hidden |= (draw == draw.amin(1, keepdim=True)) & ~hidden.any(1, keepdim=True)
+        only_last = torch.rand(len(mask), 1, device=mask.device) < self.last_share
+        return torch.where(only_last, last, hidden)
+
     def _hidden(self, vectors: Tensor, lengths: Tensor) -> Tensor:
         out: Tensor = self.head(self.transformer(vectors, inside(lengths, vectors.shape[1])))
         return out
+
+
+def _whole(batch: SessionBatch) -> tuple[Tensor, Tensor]:
+    """Sessions with what follows their last input, int64 ``(B, L + 1)`` and their lengths ``(B,)``."""
+    if batch.targets.dim() == 1:
+        items = F.pad(batch.items, (0, 1)).scatter(1, batch.lengths[:, None], batch.targets[:, None])
+        return items, batch.lengths + 1
+    items = torch.cat([batch.items[:, :1], batch.targets.clamp_min(0)], dim=1)
+    return items, batch.lengths + (batch.targets[:, 0] != NO_TARGET)  # a session of one item has no target

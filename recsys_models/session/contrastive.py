@@ -9,6 +9,7 @@ Shapes: ``n`` items drawn, ``A`` attributes, ``D`` dimension.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -59,10 +60,10 @@ class Contrastive(nn.Module):
                 f"ssl_weight above 0 needs items of at least two attributes; these have {len(attributes)}: set "
                 "items='metadata' or 'hybrid', or ssl_weight=0"
             )
-        if masking not in MASKINGS or not temperature > 0 or number < 2:
+        if masking not in MASKINGS or not 0 < temperature < math.inf or number < 2:
             raise ConfigError(
                 f"ssl_masking={masking!r} must be one of {', '.join(map(repr, MASKINGS))}, "
-                f"ssl_temperature={temperature} above 0, ssl_items={number} at least 2"
+                f"ssl_temperature={temperature} above 0 and finite, ssl_items={number} at least 2"
             )
         self.number, self.temperature, self.dropout = number, temperature, check_dropout(dropout)
         similar = mutual_information(attributes) if masking == "correlated" else np.zeros((len(attributes),) * 2)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from embcomp.errors import InputError
+from embcomp.errors import ConfigError, InputError
 from recsys_models.session.items import Items
 
 
@@ -22,7 +24,7 @@ def distill_(
 
     Args:
         items: to fit, in place; their tables are trained too.
-        vectors: float32 ``(V, D)``, rows of a trained table.
+        vectors: float32 ``(V, D)``, rows of a trained table; not all the same.
         counts: int64 ``(V,)``; items are drawn by them, so those without any are left to what they share with others.
         steps: of Adam, whose rate falls to zero along a cosine.
         batch_size: items per step.
@@ -33,16 +35,21 @@ def distill_(
         The share of the vectors' variance around their mean, weighted by counts, that is left unexplained.
 
     Raises:
-        InputError: if shapes do not go together, or no item occurs.
+        ConfigError: if ``steps``, ``batch_size`` or ``learning_rate`` is out of range.
+        InputError: if shapes do not go together, vectors are not finite or do not vary over the items that occur,
+            counts are negative or all zero, or nothing of the items can be trained.
     """
-    if vectors.shape != (items.num_items, items.dim) or counts.shape != vectors.shape[:1] or not counts.sum() > 0:
-        raise InputError(
-            f"vectors {tuple(vectors.shape)} and counts {tuple(counts.shape)} must be float32 "
-            f"({items.num_items}, {items.dim}) and int64 ({items.num_items},), one of them above 0"
+    if steps < 0 or batch_size < 1 or not 0 < learning_rate < math.inf:
+        raise ConfigError(
+            f"steps={steps} must be at least 0, batch_size={batch_size} at least 1, learning_rate={learning_rate} "
+            "above 0 and finite"
         )
+    _check_targets(items, vectors, counts)
     generator = torch.Generator().manual_seed(seed)
     weights = counts.double().cpu()
     parameters = [p for p in (*items.parameters(), *items.table_parameters()) if p.requires_grad]
+    if not parameters:
+        raise InputError("nothing of these items can be trained, as of finalized tables: distill first, then finalize")
     optimizer = torch.optim.Adam(parameters, learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     for _ in range(steps):
@@ -53,6 +60,24 @@ def distill_(
         optimizer.step()
         schedule.step()
     return _unexplained(items, vectors, weights.to(vectors.device))
+
+
+def _check_targets(items: Items, vectors: Tensor, counts: Tensor) -> None:
+    if vectors.shape != (items.num_items, items.dim) or counts.shape != vectors.shape[:1]:
+        raise InputError(
+            f"vectors {tuple(vectors.shape)} and counts {tuple(counts.shape)} must be float32 "
+            f"({items.num_items}, {items.dim}) and int64 ({items.num_items},)"
+        )
+    if not bool((counts >= 0).all() & (counts > 0).any()):
+        raise InputError("counts must be at least 0, and one of them above 0: items are drawn by them")
+    if not vectors.isfinite().all():
+        raise InputError(f"vectors of {int((~vectors.isfinite()).any(1).sum())} items are not finite")
+    occurring = vectors[counts.to(vectors.device) > 0]
+    if (occurring == occurring[0]).all():
+        raise InputError(
+            f"the vectors of all {len(occurring)} items that occur are the same, so there is nothing to explain: give "
+            "rows of a trained table, of at least two items"
+        )
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embcomp import EmbeddingTables
-from embcomp.errors import ConfigError
+from embcomp.errors import ConfigError, InputError, UnseenIdError
 from embcomp.range_scores import check_queries
 from embcomp.scoring import ItemScorer, MatrixScorer, TableScorer
 from embcomp.storage import Ids
@@ -81,9 +81,10 @@ class MetadataItems(Items):
     """Items by their attributes alone, or with a vector of their own added: no row per item, or few.
 
     An attribute's values are pooled, the attributes' vectors concatenated, projected to D and normalized, as in M2TRec
-    (arXiv 2209.11824); a linear map that is the identity at first then allows for other lengths. All
-    attributes of all items asked for are one lookup; items asked for several times are composed once. An item without
-    any value of an attribute has zeros there.
+    (arXiv 2209.11824); a linear map that is the identity at first then allows for other lengths. All attributes of all
+    items asked for are one lookup; items asked for several times are composed once. An item without any value of an
+    attribute has zeros there. Items outside ``[0, V)`` follow the tables' policy: with ``unseen="error"`` they raise,
+    else they are items without any value, to which the residual adds what the policy says.
 
     Args:
         tables: a table per attribute, in their order, of width D, and ``"item"`` if there is a residual.
@@ -125,8 +126,15 @@ class MetadataItems(Items):
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Compose the vectors of the distinct items, and hand them out."""
-        distinct, place = ids.unique(return_inverse=True)
+        """Compose the vectors of the distinct items, and hand them out.
+
+        Raises:
+            InputError: if ids are not integers.
+            UnseenIdError: if an item is outside ``[0, V)``, and the tables' policy is to say so.
+        """
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"items must be an int64 tensor, not {ids.dtype}: call ids.long()")
+        distinct, place = ids.long().unique(return_inverse=True)
         return self._compose(distinct)[place]
 
     def scorer(self) -> ItemScorer:
@@ -165,8 +173,23 @@ class MetadataItems(Items):
 
     def _compose(self, ids: Tensor) -> Tensor:
         """Vectors of items int64 ``(n,)``: float32 ``(n, D)``."""
-        vectors = self._of(self._pooled(ids))
+        vectors = self._of(self._pooled(self._known(ids)))
         return vectors if self.residual is None else vectors + self.residual(ids)
+
+    def _known(self, ids: Tensor) -> Tensor:
+        """Bring items int64 ``(n,)`` into ``[0, V]`` by the tables' policy, V being the item without any value."""
+        if not ids.numel():
+            return ids
+        low, high = torch.aminmax(ids)
+        if low >= 0 and high < self.num_items:
+            return ids
+        unseen = (ids < 0) | (ids >= self.num_items)
+        if self.tables.config.unseen != "error":
+            return ids.masked_fill(unseen, self.num_items)
+        raise UnseenIdError(
+            f"item {int(ids[unseen][0])} is outside the catalogue, which has items in [0, {self.num_items}); fix the "
+            "items, or set unseen='zero', 'oov_row' or 'hash' in the config of the tables"
+        )
 
     def _of(self, pooled: Tensor) -> Tensor:
         """Attributes float32 ``(n, A, D)`` to items ``(n, D)``."""
@@ -174,7 +197,7 @@ class MetadataItems(Items):
         return vectors
 
     def _pooled(self, ids: Tensor, dropout: float = 0.0) -> Tensor:
-        """The attributes of items int64 ``(n,)``: float32 ``(n, A, D)``."""
+        """The attributes of items int64 ``(n,)`` in ``[0, V]``: float32 ``(n, A, D)``."""
         cells = (ids[:, None] * self.num_attributes + torch.arange(self.num_attributes, device=ids.device)).flatten()
         start = self._offsets[cells]
         length = self._offsets[cells + 1] - start
@@ -232,11 +255,14 @@ class ComposedScorer(ItemScorer):
 
 
 def _cells(attributes: Sequence[Attribute], owners: Sequence[int], bag_pooling: str) -> dict[str, Tensor]:
-    """The values of all attributes, item by item: values, their tables and weights, and where each cell begins."""
+    """The values of all attributes, item by item: values, their tables and weights, and where each cell begins.
+
+    One more item, behind the last, has no value of any.
+    """
     number = len(attributes)
     lengths = torch.stack([torch.tensor(a.lengths) for a in attributes], dim=1)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.flatten().cumsum(0)])
-    total = int(offsets[-1])
+    ends = lengths.flatten().cumsum(0)
+    offsets, total = torch.cat([ends.new_zeros(1), ends, ends[-1].repeat(number)]), int(ends[-1])
     values, tables = torch.empty(total, dtype=torch.int64), torch.empty(total, dtype=torch.int64)
     weights, is_bag = torch.empty(total), torch.empty(total, dtype=torch.bool)
     for column, (attribute, owner) in enumerate(zip(attributes, owners, strict=True)):

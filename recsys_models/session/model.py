@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,6 +42,8 @@ class SessionModel(Ranker):
         ConfigError: if an attribute to predict has several values per item.
     """
 
+    _categories: Tensor
+
     def __init__(
         self,
         tables: EmbeddingTables,
@@ -57,16 +60,14 @@ class SessionModel(Ranker):
         self.num_items, self.max_length, self.windows = items.num_items, encoder.max_length, windows
         self.contrastive = None if contrastive is None else contrastive[0]
         self.contrastive_weight = 0.0 if contrastive is None else contrastive[1]
-        self.category_heads = nn.ModuleDict()
-        self.category_weights: dict[str, float] = {}
-        for attribute, weight in (categories or {}).items():
+        predicted = categories or {}
+        for attribute in predicted:
             if attribute.is_bag:
                 raise ConfigError(f"attribute {attribute.name!r} has several values per item and can't be predicted")
-            self.category_weights[attribute.name] = weight
-            self.category_heads[attribute.name] = nn.Linear(encoder.dim, attribute.num_values)
-            self.register_buffer(
-                _of(attribute.name), torch.tensor(attribute.values, dtype=torch.int64), persistent=False
-            )
+        self.category_weights = tuple(predicted.values())
+        self.category_heads = nn.ModuleList(nn.Linear(encoder.dim, a.num_values) for a in predicted)
+        values = np.array([a.values for a in predicted], np.int64)  # (categories, V), the value of each item
+        self.register_buffer("_categories", torch.from_numpy(values), persistent=False)
 
     # ---- scores -----------------------------------------------------------------------------------------------------
 
@@ -82,7 +83,7 @@ class SessionModel(Ranker):
             float32 ``(B, V)``.
 
         Raises:
-            InputError: if shapes do not go together.
+            InputError: if shapes do not go together, dtypes are not integers, or a length is not in ``[0, L]``.
             UnseenIdError: if an item is outside its table, and the tables' policy is to say so.
         """
         return self.scorer().scores(self.queries(items, lengths))
@@ -111,9 +112,8 @@ class SessionModel(Ranker):
         """The mean loss over targets, of the next item and of its categories, and that of the items: a scalar."""
         targets = examples.targets[examples.targets != NO_TARGET]
         loss = self.objective(self.head or self.items, queries, targets, examples)
-        for name, head in self.category_heads.items():
-            wanted = getattr(self, _of(name))[targets]
-            loss = loss + self.category_weights[name] * F.cross_entropy(head(queries), wanted)
+        for weight, head, values in zip(self.category_weights, self.category_heads, self._categories, strict=True):
+            loss = loss + weight * F.cross_entropy(head(queries), values[targets])
         if self.contrastive is not None:
             loss = loss + self.contrastive_weight * self.contrastive(self.items)
         return loss
@@ -134,10 +134,7 @@ class SessionModel(Ranker):
 
     def _latest(self, items: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """The last items of each session, as many as the encoder takes."""
-        if items.dim() != 2 or lengths.shape != items.shape[:1] or items.shape[1] < 1:
-            raise InputError(
-                f"items {tuple(items.shape)} and lengths {tuple(lengths.shape)} must be int64 (B, L) and (B,), L >= 1"
-            )
+        _check_sessions(items, lengths)
         if items.shape[1] > self.max_length:
             start = (lengths - self.max_length).clamp_min(0)
             place = start[:, None] + torch.arange(self.max_length, device=items.device)
@@ -145,6 +142,19 @@ class SessionModel(Ranker):
         return items, lengths
 
 
-def _of(name: str) -> str:
-    """Name of the buffer that says which value each item has."""
-    return f"_category_of_{name}"
+def _check_sessions(items: Tensor, lengths: Tensor) -> None:
+    """Raise `InputError` unless these are sessions ``(B, L)`` and their lengths ``(B,)``, each in ``[0, L]``."""
+    integers = (torch.int64, torch.int32)
+    if items.dim() != 2 or lengths.shape != items.shape[:1] or items.shape[1] < 1:
+        raise InputError(
+            f"items {tuple(items.shape)} and lengths {tuple(lengths.shape)} must be int64 (B, L) and (B,), L >= 1"
+        )
+    if items.dtype not in integers or lengths.dtype not in integers:
+        raise InputError(f"items {items.dtype} and lengths {lengths.dtype} must be int64: call .long()")
+    wrong = (lengths < 0) | (lengths > items.shape[1])
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise InputError(
+            f"session {row} has length {int(lengths[row])}, but must have one in [0, {items.shape[1]}], as many as "
+            "items has columns"
+        )

@@ -47,8 +47,8 @@ class ObjectiveConfig:
         check_choice(self, "sampling", KINDS)
         check_at_least(self, "num_negatives", 1)
         check_at_least(self, "most_items", 1)
-        if not self.temperature > 0:
-            raise ConfigError(f"ObjectiveConfig(temperature={self.temperature!r}): must be above 0")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"ObjectiveConfig(temperature={self.temperature!r}): must be above 0, and finite")
 
 
 class Objective(nn.Module):

@@ -129,7 +129,7 @@ def transitions(node: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     if length > 1:
         place = node[:, :-1] * length + node[:, 1:]
         taken = mask[:, 1:].float()
-        edges.view(size, -1).scatter_reduce_(1, place, taken, "amax")
+        edges.view(size, length * length).scatter_reduce_(1, place, taken, "amax")
     outgoing = edges / edges.sum(2, keepdim=True).clamp_min(1)
     incoming = (edges / edges.sum(1, keepdim=True).clamp_min(1)).transpose(1, 2)
     return incoming, outgoing

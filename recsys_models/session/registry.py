@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,9 @@ class ModelConfig(ObjectiveConfig):
         check_choice(self, "windows", ("last", "all"))
         check_at_least(self, "max_length", 1)
         check_at_least(self, "ssl_weight", 0)
+        for name, weight in (self.categories or {}).items():
+            if not 0 <= weight < math.inf:
+                raise ConfigError(f"ModelConfig(categories={{{name!r}: {weight}}}): must be at least 0, and finite")
 
     def completed(self, name: str) -> ModelConfig:
         """The config with what the model's paper has where nothing is said: metadata for M2TRec, ids for the others."""

@@ -50,7 +50,10 @@ class ClickTask(Task):
                 )
         for name, split in (("train", data.train), ("validation", data.validation)):
             if not len(split):
-                raise InputError(f"the {name} split of {data.name} has no rows")
+                raise InputError(
+                    f"the {name} split of {data.name} has no rows: load_dataset gives some to every split, shares of "
+                    "80, 10 and 10 % with split='random' where that is an option; put rows there in a log of your own"
+                )
         labels = data.validation.labels
         if monitor == "auc" and bool((labels == labels[0]).all()):
             raise InputError(

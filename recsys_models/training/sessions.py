@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from embcomp.errors import ConfigError, InputError
 from embcomp.sites import find_groups
-from recsys_models.data import NO_TARGET, Cases, SessionBatch, SessionLog
+from recsys_models.data import Cases, SessionLog
 from recsys_models.ranking import EVAL_BATCH_SIZE, evaluate_cases
 from recsys_models.session import Examples, SessionModel
 from recsys_models.training.config import TrainingConfig
@@ -46,7 +46,11 @@ class SessionTask(Task):
         if not (self.data.train.lengths > 1).any():
             raise InputError(f"no training session of {self.name} has a second item: there is nothing to learn")
         if not len(self.data.validation):
-            raise InputError(f"the validation split of {self.name} has no cases")
+            raise InputError(
+                f"the validation split of {self.name} has no cases, and models are chosen by them: give load_sessions "
+                "validation_share above 0 with protocol='last_days', or take protocol='leave_one_out', which validates "
+                "on histories of at least three items"
+            )
         for tables in find_groups(model).values():
             if any(phase.distill for phase in tables.phases()):
                 raise ConfigError(
@@ -141,12 +145,4 @@ class _Prepared:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Examples]:
         for batch in self._stream.epoch(epoch, start):
-            yield self._model.prepare(self._with_positions(batch))
-
-    def _with_positions(self, batch: SessionBatch) -> SessionBatch:
-        """Give cases, which have one target each, a target per position where the encoder learns from those."""
-        if batch.targets.dim() == 2 or self._model.encoder.targets == "prefixes":
-            return batch
-        targets = torch.full_like(batch.items, NO_TARGET)
-        targets.scatter_(1, (batch.lengths - 1)[:, None], batch.targets[:, None])
-        return SessionBatch(batch.items, batch.lengths, targets)
+            yield self._model.prepare(batch)

@@ -79,6 +79,8 @@ def hold_out(sequences: Sequences, share: float, seed: int, name: str) -> tuple[
     Raises:
         DataError: if nothing would be left to train on.
     """
+    if not len(sequences):
+        raise DataError(f"{name}: no sequences to train on. Check the file and the options that drop sessions")
     number = max(1, round(share * len(sequences))) if share else 0
     if number >= len(sequences):
         raise DataError(

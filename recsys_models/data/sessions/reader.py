@@ -142,6 +142,12 @@ class TimedReader(EventReader):
                 "Use protocol='leave_one_out', or the original files"
             )
         train, test = last_days(sequences, ends, self.test_days, self.fraction, self.keep_unseen)
+        if len(sequences) and not len(train):
+            raise DataError(
+                f"{self.name}: no session is left to train on: the last days, test_days={self.test_days}, which test, "
+                f"cover all {len(sequences)} sessions, or fraction={self.fraction} takes none of those before. Lower "
+                "these options, or use protocol='leave_one_out'"
+            )
         train, validation = hold_out(train, self.validation_share, self.split_seed, self.name)
         return Parts(train, validation, test)
 

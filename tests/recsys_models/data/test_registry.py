@@ -1,5 +1,6 @@
 import pytest
 
+from embcomp import EmbcompError
 from recsys_models.data import DataError, list_datasets, load_dataset
 from recsys_models.data.registry import READERS
 
@@ -83,3 +84,4 @@ def test_root_may_come_from_the_environment_or_be_the_folder_itself(tmp_path, mo
 
 def test_the_error_is_a_value_error():
     assert issubclass(DataError, ValueError)
+    assert issubclass(DataError, EmbcompError)

@@ -1,5 +1,6 @@
 """The contrastive loss of items, and distillation into metadata."""
 
+import copy
 import math
 
 import numpy as np
@@ -98,6 +99,9 @@ def test_values_of_bags_are_dropped_and_others_never():
         ({"attributes": "kind"}, "these have 1"),
         ({"ssl_masking": "half"}, "ssl_masking='half'"),
         ({"ssl_temperature": 0.0}, "above 0"),
+        ({"ssl_temperature": float("inf")}, "above 0 and finite"),
+        ({"ssl_weight": float("nan")}, "ssl_weight=nan"),
+        ({"ssl_weight": float("inf")}, "and finite"),
         ({"ssl_items": 1}, "ssl_items=1"),
         ({"ssl_dropout": 1.0}, "dropout=1.0"),
         ({"ssl_weight": -1.0}, "ssl_weight=-1.0"),
@@ -132,9 +136,47 @@ def test_vectors_that_follow_from_attributes_are_distilled_and_others_as_far_as_
     assert distill_(tiny_model(log, "m2trec", items="hybrid").items, mixed, counts, steps=3000) < least / 2
 
 
-def test_wrong_vectors():
-    items = tiny_model(tiny_log(), "m2trec").items
-    good = torch.zeros(NUM_ITEMS, 16), torch.ones(NUM_ITEMS, dtype=torch.int64)
-    for vectors, counts in ((good[0][:5], good[1]), (good[0], good[1][:5]), (good[0], 0 * good[1])):
-        with pytest.raises(InputError, match=r"must be float32 \(30, 16\)"):
-            distill_(items, vectors, counts)
+NAN, INF = float("nan"), float("inf")
+VECTORS, COUNTS = torch.arange(NUM_ITEMS * 16.0).view(NUM_ITEMS, 16), torch.arange(NUM_ITEMS)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "counts", "message"),
+    [
+        (VECTORS[:5], COUNTS, r"must be float32 \(30, 16\)"),
+        (VECTORS, COUNTS[:5], r"must be float32 \(30, 16\)"),
+        (VECTORS, 0 * COUNTS, "one of them above 0"),
+        (VECTORS, COUNTS - 1, "at least 0"),
+        (VECTORS.masked_fill(COUNTS[:, None] == 3, NAN), COUNTS, "1 items are not finite"),
+        (VECTORS.masked_fill(COUNTS[:, None] < 2, INF), COUNTS, "2 items are not finite"),
+        (torch.ones(NUM_ITEMS, 16), COUNTS, "all 29 items that occur are the same"),
+        (VECTORS, (COUNTS == 3).long(), "all 1 items that occur are the same"),
+    ],
+)
+def test_vectors_that_cannot_be_distilled(vectors, counts, message):
+    model = tiny_model(tiny_log(), "m2trec")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=message):
+        distill_(model.items, vectors, counts)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"batch_size": 0}, {"steps": -1}, {"learning_rate": 0.0}, {"learning_rate": NAN}, {"learning_rate": INF}],
+)
+def test_distillation_options_out_of_range(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ConfigError, match=f"{name}={value}"):
+        distill_(tiny_model(tiny_log(), "m2trec").items, VECTORS, COUNTS, **options)
+
+
+def test_distilling_no_steps_says_how_far_items_are():
+    assert 0 < distill_(tiny_model(tiny_log(), "m2trec").items, VECTORS, COUNTS, steps=0) < INF
+
+
+def test_finalized_tables_cannot_be_distilled_to():
+    model = tiny_model(tiny_log())
+    model.tables.finalize_()
+    with pytest.raises(InputError, match="distill first"):
+        distill_(model.items, VECTORS, COUNTS)

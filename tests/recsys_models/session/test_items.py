@@ -1,5 +1,6 @@
 """Items composed of their attributes, against a loop over items; and the floors, against brute force."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -7,13 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from embcomp import NestedConfig, build_tables
-from embcomp.errors import ConfigError
+from embcomp import FrequencyCutConfig, FullConfig, NestedConfig, build_tables
+from embcomp.errors import ConfigError, InputError, UnseenIdError
 from embcomp.scoring import cross_entropy, softmax
 from embcomp.training import Phases
 from recsys_models.ranking import rank_cases
 from recsys_models.session import MetadataItems, session_specs
 from recsys_models.session.floors import ItemKNN, Popularity
+from recsys_models.training import TrainingConfig, fit
 from tests.recsys_models.session.tiny import NUM_ITEMS, attribute, attributes, sequences, tiny_log, tiny_model
 
 
@@ -86,6 +88,102 @@ def test_gradients_reach_the_tables_once_per_distinct_item():
     tables.zero_grad()
     ((items(torch.tensor([4])) * weights[:2]).sum() + (items(torch.tensor([7])) * weights[2]).sum()).backward()
     torch.testing.assert_close(tables.rows.weight.grad, found)
+
+
+@pytest.mark.parametrize("wrong", [-(2**40), -2, -1, NUM_ITEMS, NUM_ITEMS + 1, 2**40])
+@pytest.mark.parametrize("residual", [False, True])
+class TestItemsOutsideTheCatalogue:
+    def test_are_an_error(self, residual, wrong):
+        _, items = items_of(tiny_log().catalogue, residual=residual)
+        with pytest.raises(UnseenIdError, match=rf"item {wrong} is outside the catalogue.*\[0, 30\)"):
+            items(torch.tensor([[1, wrong], [3, 4]]))
+        model = tiny_model(tiny_log(), "m2trec", items="hybrid" if residual else "metadata")
+        with pytest.raises(UnseenIdError, match=f"item {wrong} "):
+            model(torch.tensor([[1, wrong, 3]]), torch.tensor([3]))
+
+    @pytest.mark.parametrize("policy", ["zero", "oov_row", "hash"])
+    def test_are_items_without_values_by_the_other_policies(self, residual, wrong, policy):
+        tables, items = items_of(tiny_log().catalogue, FullConfig(unseen=policy), residual)
+        wanted = items.out(items.norm(items.projection(torch.zeros(2 * 8))))
+        if residual:
+            wanted = wanted + tables(torch.tensor(wrong), "item")
+        ids = torch.tensor([1, wrong, NUM_ITEMS - 1])
+        found = items(ids)
+        torch.testing.assert_close(found[1], wanted)
+        torch.testing.assert_close(found[::2], items(ids[::2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_items_are_integers(dtype):
+    _, items = items_of(tiny_log().catalogue)
+    with pytest.raises(InputError, match="int64"):
+        items(torch.ones(3, dtype=dtype))
+    assert torch.equal(items(torch.tensor([1, 5], dtype=torch.int32)), items(torch.tensor([1, 5])))
+    assert items(torch.empty(0, 2, dtype=torch.int64)).shape == (0, 2, 8)
+
+
+def occurrences(attribute, counts):
+    """How often each value of an attribute occurs, given how often items do."""
+    worth = np.repeat(counts, attribute.lengths)
+    return np.bincount(attribute.values, worth, attribute.num_values).astype(np.int64)
+
+
+def test_a_residual_can_belong_to_the_most_frequent_items_alone():
+    catalogue = tiny_log().catalogue
+    counts = np.sort(catalogue.counts)[::-1]  # ids by frequency, as readers number them
+    known = [dataclasses.replace(a, counts=occurrences(a, counts)) for a in catalogue.attributes]
+    log = dataclasses.replace(tiny_log(), catalogue=dataclasses.replace(catalogue, counts=counts, attributes=known))
+    model = tiny_model(log, "m2trec", FrequencyCutConfig(tail="zero"), "70%", items="hybrid", init_std=0.5).eval()
+    kept, every = model.tables.config.num_kept, torch.arange(NUM_ITEMS)
+    assert 0 < kept["item"] < NUM_ITEMS
+    assert kept["kind"] + kept["words"] < 7 + 13  # tables of attributes are cut from the same budget
+    metadata = model.items._of(model.items._pooled(every))
+    added = (model.items(every) - metadata).abs().amax(1) > 0
+    assert torch.equal(added, every < kept["item"])
+    scores = model.items.scorer().scores(torch.eye(16)).T
+    torch.testing.assert_close(scores[kept["item"] :], metadata[kept["item"] :])
+    model.tables.finalize_()
+    assert model.tables.memory().serve_bytes <= model.tables.memory().full_bytes * 0.7
+    torch.testing.assert_close(model.items(every)[kept["item"] :], metadata[kept["item"] :])
+
+
+# ---- attributes that say little ------------------------------------------------------------------------------------
+
+
+def constant(num_items, known=True):
+    """A category that all items share, or none has, and two words that all have."""
+    one = attribute("kind", *[[0 if known else 1]] * num_items, num_values=2, is_bag=False)
+    return one, attribute("words", *[[0, 1]] * num_items, num_values=3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"items": "metadata"},
+        {"items": "metadata", "bag_pooling": "idf"},
+        {"items": "hybrid"},
+        {"items": "hybrid", "bag_pooling": "idf"},
+        {"ssl_weight": 0.1},
+        {"ssl_weight": 0.1, "ssl_masking": "random", "ssl_dropout": 0.9},
+        {"categories": {"kind": 1.0}},
+        {"items": "id", "categories": {"kind": 1.0}},
+    ],
+)
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("num_items", [1, NUM_ITEMS])
+def test_attributes_with_one_value_and_catalogues_of_one_item(options, known, num_items):
+    log = tiny_log(num_items=num_items)
+    object.__setattr__(log.catalogue, "attributes", constant(num_items, known))
+    model = tiny_model(log, "m2trec", **options)
+    fit(model, log, TrainingConfig(epochs=1, batch_size=64, device="cpu", learning_rate=0.01, progress=False))
+    vectors, ranks = model.items(torch.arange(num_items)), rank_cases(model, log.test)
+    assert vectors.isfinite().all()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    if model.items.__class__ is MetadataItems and model.items.residual is None:
+        assert (vectors == vectors[0]).all()
+        assert (ranks == num_items - 1).all()  # what scores everything alike gets nothing for it
+    elif num_items > 1:
+        assert (vectors != vectors[0]).any()
 
 
 @pytest.mark.parametrize("strategy", ["hash", "unified", "int8"])

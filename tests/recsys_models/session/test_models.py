@@ -1,6 +1,7 @@
 """What holds for every session model, and slow references of those that have mathematics of their own."""
 
 import copy
+import dataclasses
 import itertools
 import math
 
@@ -263,8 +264,21 @@ def test_categories_are_learned_along():
     model.load_state_dict(plain.state_dict(), strict=False)
     examples = model.prepare(next(iter(LOG.train.batches(32, 8, mode="prefixes"))))
     queries = model.learn(examples)
-    kinds = F.cross_entropy(model.category_heads["kind"](queries), examples.targets % 6)
+    kinds = F.cross_entropy(model.category_heads[0](queries), examples.targets % 6)
     torch.testing.assert_close(model.loss(examples, queries), plain.loss(examples, queries) + 0.5 * kinds)
+
+
+@pytest.mark.parametrize("name", ["price.bucket", "type", "category_heads"])
+def test_attributes_of_any_name_are_predicted(name):
+    log = tiny_log()
+    kind, words = log.catalogue.attributes
+    object.__setattr__(log.catalogue, "attributes", (words, dataclasses.replace(kind, name=name)))
+    model, plain = (tiny_model(log, "m2trec", categories=own).eval() for own in ({name: 2.0}, None))
+    examples = model.prepare(next(iter(log.train.batches(32, 8, mode="prefixes"))))
+    queries = model.learn(examples)
+    loss = 2 * F.cross_entropy(model.category_heads[0](queries), examples.targets % 6)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(model.loss(examples, queries), plain.loss(examples, queries) + loss)
 
 
 def test_m2trec_has_no_row_per_item_unless_it_is_told_to():
@@ -336,12 +350,17 @@ def test_a_temperature_divides_scores():
         ("sasrec", {"max_length": 0}, "max_length=0"),
         ("sasrec", {"loss": "hinge"}, "loss"),
         ("sasrec", {"temperature": 0.0}, "above 0"),
+        ("sasrec", {"temperature": math.nan}, "temperature=nan"),
+        ("sasrec", {"temperature": math.inf}, "temperature=inf.*finite"),
         ("sasrec", {"dropout": 1.0}, "dropout=1.0"),
         ("bert4rec", {"mask_share": 1.0}, "mask_share"),
         ("gru4rec", {"hidden": 0}, "at least 1"),
         ("sr_gnn", {"steps": 0}, "steps=0"),
         ("m2trec", {"attributes": "words,kint"}, "did you mean 'kind'"),
         ("m2trec", {"categories": {"words": 1.0}}, "several values per item"),
+        ("m2trec", {"categories": {"kind": -1.0}}, r"categories=\{'kind': -1.0\}\): must be at least 0"),
+        ("m2trec", {"categories": {"kind": math.nan}}, "'kind': nan"),
+        ("m2trec", {"categories": {"kind": math.inf}}, "'kind': inf.*finite"),
         ("m2trec", {"bag_pooling": "sum"}, "bag_pooling='sum'"),
         ("m2trec", {"pooling": "max"}, "pooling='max'"),
     ],
@@ -362,6 +381,22 @@ def test_wrong_shapes():
         model(torch.tensor([1, 2]), torch.tensor([2]))
     with pytest.raises(InputError, match=r"\(B, L\)"):
         model(torch.tensor([[1, 2]]), torch.tensor([2, 2]))
+
+
+@pytest.mark.parametrize("width", [3, 12])  # shorter and longer than the 8 items that the model reads
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_lengths_and_dtypes(name, width):
+    model, items = tiny_model(LOG, name).eval(), torch.ones(2, width, dtype=torch.int64)
+    for wrong in (width + 1, 15, -1, -2):
+        with pytest.raises(InputError, match=rf"session 1 has length {wrong}, but must have one in \[0, {width}\]"):
+            model(items, torch.tensor([1, wrong]))
+    with pytest.raises(InputError, match=r"lengths torch.float32 must be int64"):
+        model(items, torch.tensor([1.0, 2.0]))
+    with pytest.raises(InputError, match=r"items torch.float32"):
+        model(items.float(), torch.tensor([1, 2]))
+    lengths = torch.tensor([0, width])
+    torch.testing.assert_close(model(items.int(), lengths.int()), model(items, lengths))
+    assert model(items[:0], lengths[:0]).shape == (0, NUM_ITEMS)
 
 
 def test_a_catalogue_of_one_item():

@@ -12,6 +12,7 @@ from recsys_models.data import Cases
 from recsys_models.ranking import evaluate_cases, rank_cases
 from recsys_models.session.floors import Popularity
 from recsys_models.training import TrainingConfig, fit
+from recsys_models.training.sessions import SessionTask
 from tests.recsys_models.killer import Killed, Killer
 from tests.recsys_models.session.tiny import NAMES, NUM_ITEMS, sequences, tiny_log, tiny_model
 from tests.recsys_models.tiny import tiny_log as tiny_clicks
@@ -107,6 +108,24 @@ def test_windows_train_on_all_of_a_long_session():
         assert sum(int((e.targets >= 0).sum()) for e in seen) == 8 * targets
 
 
+@pytest.mark.parametrize("loss", ["softmax", "binary"])
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in NAMES), ("m2trec", {"causal": True})])
+def test_validation_cases_are_learned_from_as_they_are(name, options, loss):
+    model = tiny_model(LOG, name, loss=loss, **options).eval()
+    task = SessionTask(LOG)
+    raw = next(iter(LOG.validation.batches(64, 8, shuffle=True, seed=CONFIG.seed).epoch(0)))
+    examples = next(iter(task.batches("validation", model, CONFIG, torch.device("cpu")).epoch(0)))
+    for row, length in enumerate(raw.lengths.tolist()):
+        assert torch.equal(examples.items[row, :length], raw.items[row, :length])
+    assert torch.equal(examples.targets[examples.targets >= 0], raw.targets)
+    queries = task.predict(model, examples)
+    torch.testing.assert_close(queries, model.queries(raw.items, raw.lengths))
+    if loss == "softmax":
+        wanted = torch.nn.functional.cross_entropy(model(raw.items, raw.lengths), raw.targets)
+        torch.testing.assert_close(task.loss(model, examples, queries), wanted)
+    assert task.loss(model, examples, queries).isfinite()
+
+
 # ---- wrong input ---------------------------------------------------------------------------------------------------
 
 
@@ -129,5 +148,5 @@ def test_splits_that_cannot_be_used():
     with pytest.raises(InputError, match="no training session of tiny has a second item"):
         fit(tiny_model(LOG), single, CONFIG)
     none = Cases(LOG.validation.sequences, LOG.validation.rows[:0], LOG.validation.ends[:0])
-    with pytest.raises(InputError, match="the validation split of tiny has no cases"):
+    with pytest.raises(InputError, match=r"validation split of tiny has no cases.*validation_share.*leave_one_out"):
         fit(tiny_model(LOG), dataclasses.replace(LOG, validation=none), CONFIG)

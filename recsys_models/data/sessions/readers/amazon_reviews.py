@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import re
 from array import array
 from collections.abc import Mapping
@@ -62,6 +63,7 @@ class AmazonReviews(TimedReader):
 
     name: ClassVar[str] = "amazon_reviews"
     folder: ClassVar[str] = "amazon-reviews"
+    version: ClassVar[int] = 2
 
     category: str = "Beauty"
     min_rating: float = 0.0
@@ -122,14 +124,15 @@ def parse_product(line: str) -> Product:
     categories = tuple(str(part) for part in path) if isinstance(path, list) else ()
     brand, title = (found[key] if isinstance(found.get(key), str) else "" for key in ("brand", "title"))
     price = _PRICE.match(str(found.get("price", "")).replace(",", ""))
-    return Product(asin, categories, brand.strip(), float(price.group(1)) if price else 0.0, title)
+    dollars = float(price.group(1)) if price else 0.0
+    return Product(asin, categories, brand.strip(), dollars if dollars < math.inf else 0.0, title)
 
 
 def _review(line: str) -> tuple[str, str, float, int]:
     found = _object(line, literal=False)
     stars, time = found.get("overall"), found.get("unixReviewTime")
-    if not isinstance(stars, int | float) or isinstance(stars, bool):
-        raise RecordError(f"overall is {shown(stars)}, expected a number")
+    if not isinstance(stars, int | float) or isinstance(stars, bool) or not 0 <= stars < _LARGEST:
+        raise RecordError(f"overall is {shown(stars)}, expected a number of at least 0")
     if type(time) is not int or abs(time) >= _LARGEST:
         raise RecordError(f"unixReviewTime is {shown(time)}, expected a number of seconds")
     return _text(found, "reviewerID"), _text(found, "asin"), float(stars), time

@@ -24,6 +24,7 @@ _EXPECTED_CATEGORIES = "product-categories.csv of the CIKM Cup 2016: the header 
 _EXPECTED_PRODUCTS = (
     "products.csv of the CIKM Cup 2016: the header itemId;pricelog2;product.name.tokens, tokens separated by commas"
 )
+_LARGEST_LOG2 = 1024
 _TOKENS = re.compile(r"(\d{1,18}(,\d{1,18})*)?")
 
 
@@ -40,6 +41,7 @@ class Diginetica(TimedReader):
 
     name: ClassVar[str] = "diginetica"
     folder: ClassVar[str] = "diginetica"
+    version: ClassVar[int] = 2
 
     protocol: str = "last_days"
     min_length: int = 2
@@ -93,8 +95,10 @@ def _product_blocks(path: Path, log: MalformedLog) -> Iterator[tuple[np.ndarray,
     columns = ("itemId", "pricelog2", "product.name.tokens")
     dialect, (item, price, name) = find_columns(path, ";", columns, _EXPECTED_PRODUCTS)
     for rows in read_rows(path, dialect, log, _EXPECTED_PRODUCTS):
-        items, prices = rows.integers(item, "item"), np.floor(rows.numbers(price, "pricelog2")).astype(np.int64)
+        items, prices = rows.integers(item, "item"), np.floor(rows.numbers(price, "pricelog2"))
+        possible = np.abs(prices) <= _LARGEST_LOG2
+        rows.expect(possible, prices, "pricelog2", f"the logarithm of a price, within {_LARGEST_LOG2} of 0")
         names = rows.text(name, "product.name.tokens", optional=True)
         fits = np.array([_TOKENS.fullmatch(text) is not None for text in names.tolist()], np.bool_)
         rows.expect(fits, names, "product.name.tokens", "integers separated by commas")
-        yield items[rows.good], prices[rows.good], names[rows.good]
+        yield items[rows.good], prices[rows.good].astype(np.int64), names[rows.good]

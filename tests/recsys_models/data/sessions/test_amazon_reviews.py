@@ -133,9 +133,33 @@ def test_malformed_lines_are_left_out(root, cache):
     assert reasons[0].startswith("'{\"reviewerID\": \"U1\"', expected an object of JSON (Expecting ',' delimiter")
     assert reasons[1:3] == ["[], expected an object", "reviewerID is None, expected a text"]
     assert reasons[4:6] == [
-        *("overall is '5', expected a number", "unixReviewTime is '09 13, 2009', expected a number of seconds")
+        *(
+            "overall is '5', expected a number of at least 0",
+            "unixReviewTime is '09 13, 2009', expected a number of seconds",
+        )
     ]
     assert reasons[6] == 'b\'{"reviewerID": "\\xff"}\\n\', expected text in UTF-8'
+
+
+@pytest.mark.parametrize("stars", ["NaN", "Infinity", "-1", "-0.5", "1e400", "1" * 400, "true"])
+def test_ratings_that_are_none_are_counted_as_malformed(root, cache, stars):
+    expected = in_keys(load_sessions("amazon_reviews", root, cache))
+    with (root / "amazon-reviews" / "reviews_Beauty_5.json").open("a") as file:
+        file.write(f'{{"reviewerID": "U1", "asin": "B1", "overall": {stars}, "unixReviewTime": 3}}\n')
+    data = load_sessions("amazon_reviews", root, cache, max_malformed=0.5)
+    assert in_keys(data) == expected
+    assert data.num_malformed == 1
+    assert data.malformed[0].reason.endswith("expected a number of at least 0")
+
+
+@pytest.mark.parametrize("least", [float("nan"), float("inf"), -1.0])
+def test_a_least_rating_is_a_number(root, cache, least):
+    with pytest.raises(DataError, match=f"option min_rating is {least}, must be at least 0"):
+        load_sessions("amazon_reviews", root, cache, min_rating=least)
+
+
+def test_a_price_beyond_all_numbers_is_unknown():
+    assert parse_product(f'{{"asin": "B1", "price": "${"9" * 400}"}}').price == 0.0
 
 
 def test_a_file_that_was_cut_off_is_an_error_and_one_without_the_last_line_end_is_none(root, cache):

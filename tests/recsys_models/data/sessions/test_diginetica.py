@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 
 from recsys_models.data import DataError, load_sessions
@@ -98,6 +100,18 @@ def test_malformed_lines_are_left_out_in_all_files(tmp_path, cache):
         "products.csv:4: product.name.tokens 1,, expected integers separated by commas",
     ]
     assert values_of(data, "price") == {7: 1, 9: None, 8: None}
+
+
+@pytest.mark.parametrize("price", ["1e300", "-1e300", "1025", "nan", "inf"])
+def test_prices_that_are_no_logarithms_are_malformed(tmp_path, cache, price):
+    write(tmp_path)
+    (tmp_path / "products.csv").write_text(f"itemId;pricelog2;product.name.tokens\n7;8;4\n8;{price};11\n9;-5;1\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = load_sessions("diginetica", tmp_path, cache, max_malformed=0.5, **LOOSE)
+    assert [(line.file, line.line) for line in data.malformed] == [("products.csv", 3)]
+    assert "pricelog2" in data.malformed[0].reason
+    assert values_of(data, "price") == {7: 8, 9: -5, 8: None}
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_last_days_is_what_plain_python_gives(events, dated, merge_repeats, filt
     if train:
         assert split(events, days, **given) == [train, [], test]
     else:
-        with pytest.raises(DataError, match="0 training sequences"):
+        with pytest.raises(DataError, match="to train on"):
             split(events, days, **given)
 
 
@@ -161,6 +161,13 @@ def test_nothing_left_to_train_on_is_an_error_with_the_way_out():
     events = [(1, 1, 0), (1, 1, 1), (2, 1, 9 * DAY), (2, 1, 9 * DAY + 1)]
     with pytest.raises(DataError, match=r"memory: 1 training sequences, of which 1 would .*option validation_share"):
         split(events, protocol="last_days")
+    cover = r"no session is left to train on: .*test_days=9.*cover all 2 sessions.*Lower these options, or use protocol"
+    for share in (0.0, 0.1):
+        with pytest.raises(DataError, match=cover) as raised:
+            split(events, protocol="last_days", test_days=9, validation_share=share)
+        assert "validation_share" not in str(raised.value)
+        with pytest.raises(DataError, match=r"no sequences to train on\. Check the file and the options"):
+            split(events, protocol="last_days", min_length=3, validation_share=share)
 
 
 def test_times_may_be_fractions_of_seconds():
