@@ -195,7 +195,8 @@ class EmbeddingTables(nn.Module):
         Where several groups write this, each gets the step of those before it, so none replaces another.
 
         Args:
-            phase: the one that is trained.
+            phase: the one that is trained. Of a bilevel one, steps on validation batches come here too, when only
+                architecture parameters have gradients.
             step: ``(predict, loss) -> scalar``, the step as it would be without these tables. To be called once or more
                 often, with ``predict`` and ``loss`` or others made of them, and never left out. Batch norms take their
                 statistics from the first call.

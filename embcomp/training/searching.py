@@ -177,6 +177,12 @@ def _load(search: Search, path: Path) -> tuple[Candidate, float] | None:
         state = json.loads(path.read_text())
         search.load(state)
         best = state.get("best")
-        return None if best is None else (tuple(best[0]), float(best[1]))
+        if best is None:
+            return None
+        genes, value = best
+        chosen, value = tuple(genes), float(value)
+        if chosen not in search.known:
+            raise ValueError(f"{chosen} was not evaluated")
     except (ValueError, KeyError, TypeError) as error:
         raise IncompatibleStateError(f"{path} holds no state of this search ({error!r}): delete it") from error
+    return chosen, value

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import Any
 
 from torch import nn
 
 from embcomp import EmbeddingTables
+
+_LONGEST = 1000
+"""Characters of a module's options that are kept as they are; what is longer is told by a digest."""
 
 
 def describe_modules(model: nn.Module) -> dict[str, str]:
@@ -29,15 +33,17 @@ def describe_modules(model: nn.Module) -> dict[str, str]:
 
 def _described(module: nn.Module) -> str:
     options = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
-    told = (f"{name}={value!r}" for name, value in options.items() if _is_plain(value))
-    return f"{type(module).__name__}({', '.join(told)})"
+    told = ", ".join(f"{name}={value!r}" for name, value in options.items() if _is_plain(value))
+    if len(told) > _LONGEST:
+        told = f"{told[:_LONGEST]}… sha256 {hashlib.sha256(told.encode(errors='surrogatepass')).hexdigest()}"
+    return f"{type(module).__name__}({told})"
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
+        return all(map(_is_plain, [*value, *value.values()]))
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return all(_is_plain(getattr(value, field.name)) for field in dataclasses.fields(value))
     return value is None or isinstance(value, bool | int | float | str)

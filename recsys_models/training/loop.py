@@ -64,7 +64,8 @@ def fit(
         data: clicks or sessions; the train split to learn from, the validation split to select by.
         config: how to train.
         checkpoint_dir: where to write a checkpoint after every evaluation; None for nowhere.
-        resume: go on from the checkpoint in ``checkpoint_dir``, or from the beginning where there is none.
+        resume: go on from the checkpoint in ``checkpoint_dir``, or from the beginning where there is none. False first
+            deletes what is there, so that a run that is killed before its first evaluation is not taken for another.
         callbacks: called in order.
         shared_dir: folder for runs whose options differ in nothing but the budget of the tables: the first phases, as
             far as they are the same for every budget, are done by one run, and the others begin where they end. The

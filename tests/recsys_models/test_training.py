@@ -19,6 +19,7 @@ from recsys_models.metrics import Metrics, evaluate
 from recsys_models.training import Callback, TrainingConfig, checkpoint, fit, make_optimizers, parameter_groups
 from recsys_models.training.identity import describe_modules
 from recsys_models.training.optimizers import clip_gradients
+from recsys_models.training.result import Evaluation
 from recsys_models.training.run import Run
 from tests.recsys_models import killed_run
 from tests.recsys_models.killer import Killed, Killer
@@ -460,7 +461,15 @@ def test_models_are_told_apart_by_what_their_modules_hold_but_not_by_what_traini
 def test_modules_with_odd_attributes_are_described():
     module = torch.nn.Dropout(0.5)
     module.weights, module.call, module.sizes, module.mixed = torch.ones(3), len, (1, (2.0, "x")), [1, torch.ones(1)]
-    assert describe_modules(module) == {"model": "Dropout(p=0.5, inplace=False, sizes=(1, (2.0, 'x')))"}
+    module.kind, module.keyed, module.config = TrainingConfig, {len: 1}, Evaluation(1, 2, {"auc": 0.5}, 0.1, 0.2, True)
+    text = f"Dropout(p=0.5, inplace=False, sizes=(1, (2.0, 'x')), config={module.config!r})"
+    assert describe_modules(module) == {"model": text}
+    lengths = []
+    for last in (7, 8):
+        module.items = [*range(100_000), last]
+        lengths.append(describe_modules(module)["model"])
+    assert lengths[0] != lengths[1]
+    assert len(lengths[0]) == len(lengths[1]) < 1200
 
 
 # ---- errors and configs --------------------------------------------------------------------------------------------

@@ -75,6 +75,12 @@ def test_a_file_that_is_kept_has_what_was_found_and_nothing_is_evaluated_again(t
         return finalists.setdefault(phases.model.tables.shown[0], float(len(finalists)))  # the last one wins
 
     found = phases.search_(evaluate, lambda number: [0.5] * number, checkpoint=file, keep_checkpoint=True)
+    whole = file.read_text()
+    for best in ([[0, 0, 0, 0], 0.5], [], 3, [found.candidate, "x"]):
+        file.write_text(json.dumps({**json.loads(whole), "best": best}))
+        with pytest.raises(IncompatibleStateError, match="holds no state of this search"):
+            entered().search_(lambda: pytest.fail("evaluated"), checkpoint=file)
+    file.write_text(whole)
     assert (found.candidate, found.value, len(finalists)) == (list(finalists)[-1], 4.0, 5)
     again = entered()
     assert again.search_(lambda: pytest.fail("evaluated"), checkpoint=file) == found
