@@ -7,7 +7,7 @@ dimension, ``...`` any leading dimensions.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,6 +29,10 @@ from embcomp.stretches import Stretch
 if TYPE_CHECKING:
     from embcomp.budget import Budget
     from embcomp.training.search import Candidate, FrontPoint, Search
+
+Predict = Callable[[], Tensor]
+Loss = Callable[[Tensor], Tensor]
+TrainingStep = Callable[[Predict, Loss], Tensor]
 
 CHUNK = 65536
 """Ids that are composed at once where a whole vocabulary is asked for."""
@@ -197,6 +201,25 @@ class EmbeddingTables(nn.Module):
         """Parameters that choose the tables' form, as groups of SGD: ``params`` and ``lr``."""
         return []
 
+    def training_loss(self, phase: Phase, step: TrainingStep, predict: Predict, loss: Loss) -> Tensor:
+        """The loss of a training step, for strategies that make more of it than passes; the `penalty` is added later.
+
+        Where several groups write this, each gets the step of those before it, so none replaces another.
+
+        Args:
+            phase: the one that is trained. Of a bilevel one, steps on validation batches come here too, when only
+                architecture parameters have gradients.
+            step: ``(predict, loss) -> scalar``, the step as it would be without these tables. To be called once or more
+                often, with ``predict`` and ``loss`` or others made of them, and never left out. Batch norms take their
+                statistics from the first call.
+            predict: runs the model on the batch: logits.
+            loss: of such logits, a scalar.
+
+        Returns:
+            A scalar that has gradients. Lookups must be back to normal by then.
+        """
+        return step(predict, loss)
+
     def set_pass_(self, name: str) -> None:
         """Switch lookups to one of the phase's ``passes``."""
 
@@ -219,13 +242,24 @@ class EmbeddingTables(nn.Module):
         """
         return []
 
+    def row_owners(self) -> tuple[nn.Parameter, Tensor] | None:
+        """A parameter whose rows change hands, and the id that each is of, int64 ``(R,)``; None where none does."""
+        return None
+
     def make_search(self) -> Search:
         """What chooses among candidates in a phase of kind ``"search"``."""
         raise NotImplementedError
 
     def show_(self, candidates: Sequence[Candidate]) -> None:
-        """Let lookups show candidates until `adopt_`: of P, ids ``(P·B, …)`` are P copies of a batch, one for each."""
+        """Let lookups show candidates until `hide_`: of P, ids ``(P·B, …)`` are P copies of a batch, one for each."""
         raise NotImplementedError
+
+    def hide_(self) -> None:
+        """Show no candidates any more; called when a search ends, before `adopt_`, and when it breaks off."""
+
+    def candidate_bytes(self, candidate: Candidate) -> int | None:
+        """Serve bytes of the form that `show_` shows; cheap, for reports. None where nobody knows."""
+        return None
 
     def adopt_(self, candidate: Candidate) -> None:
         """Take the form that a search has chosen."""
@@ -427,7 +461,12 @@ class EmbeddingTables(nn.Module):
     @property
     def repeats_lookups(self) -> bool:
         """Whether a lookup gives later in a step what it gives now; in phases, what is shown may have changed."""
-        return not self.training or self.phases() == PLAIN
+        return not self.training or (self.phases() == PLAIN and not self.has_own_step)
+
+    @property
+    def has_own_step(self) -> bool:
+        """Whether the strategy writes `training_loss`."""
+        return type(self).training_loss is not EmbeddingTables.training_loss
 
     def index_of(self, table: int | str) -> int:
         """The index of a table given by name or index.

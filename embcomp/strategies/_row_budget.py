@@ -67,6 +67,17 @@ class RowBudget:
         """
         if self.config.limit_bytes is None:
             return [0.0] * len(widths)
+        numbers = self.numbers(widths)
+        cuts, partly = np.full(len(widths), -math.inf), numbers < self.sizes
+        best_left_out = (self._ends - numbers - 1)[partly]
+        cuts[partly] = self._all[self._ranks[best_left_out] - self._apart[partly] - 1]
+        found: list[float] = cuts.tolist()
+        return found
+
+    def numbers(self, widths: Candidate) -> np.ndarray:
+        """How many rows of each table are above its cut: int64 ``(T,)``."""
+        if self.config.limit_bytes is None:
+            return np.array(self.num_wanted)
         width, prices = np.array(widths), np.array([self._row_bytes(width) for width in widths])
 
         @cache
@@ -74,7 +85,7 @@ class RowBudget:
             return self.bytes_of(widths, number) <= self.config.limit_bytes
 
         if fits(tuple(self.sizes.tolist())):
-            return [-math.inf] * len(widths)
+            return self.sizes
         # The highest density keeps nothing that can be left out, the lowest everything, which does not fit.
         low, high, most, above = _LOWEST, _HIGHEST, self.sizes.sum(), np.zeros_like(self.sizes)
         while high - low > 1 and most - above.sum() > 1:
@@ -84,12 +95,7 @@ class RowBudget:
                 high, above = middle, number
             else:
                 low, most = middle, number.sum()
-        numbers = self._completed(above, prices)
-        cuts, partly = np.full(len(widths), -math.inf), numbers < self.sizes
-        best_left_out = (self._ends - numbers - 1)[partly]
-        cuts[partly] = self._all[self._ranks[best_left_out] - self._apart[partly] - 1]
-        found: list[float] = cuts.tolist()
-        return found
+        return self._completed(above, prices)
 
     def kept(self, widths: Candidate) -> Tensor:
         """The rows that are kept, bool ``(R,)``: the best per value, as many as fit exactly."""

@@ -226,6 +226,14 @@ class DynamicTables(EmbeddingTables):
         rows, self._reassigned = self._reassigned, []
         return [(self._weight(), torch.cat(rows).unique())] if rows else []
 
+    def row_owners(self) -> tuple[nn.Parameter, Tensor] | None:
+        if not self._is_dynamic():
+            return None
+        places, number = self.residents.map, len(self._weight())
+        owners = torch.full((number,), EMPTY, dtype=torch.int64, device=self._starts.device)
+        owners[self._starts[places.owners()] + places.slots] = places.ids
+        return self._weight(), owners
+
     def _is_dynamic(self) -> bool:
         """Whether there are slots to be given, in rows that are trained."""
         return not self.is_final and bool(self.residents.map.total) and self._weight().requires_grad

@@ -205,6 +205,13 @@ class NestedTables(CutTables):
         widths = [padded([[part.width for part in own] for own in layout], self._most) for layout in layouts]
         self._shown = torch.tensor(widths, device=self.widths.device)
 
+    def hide_(self) -> None:
+        self._shown, self._layout = None, self._checked_layout()
+        self._write_layout()
+
+    def candidate_bytes(self, candidate: Candidate) -> int:
+        return self._bytes_of(candidate)
+
     def adopt_(self, candidate: Candidate) -> None:
         self._training_form, self._shown = False, None
         self._choose(self._between(candidate))

@@ -158,11 +158,11 @@ class OptEmbedTables(PrunedTables):
     # ---- lookups ----------------------------------------------------------------------------------------------------
 
     def lookup(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
-        if self.stage == "supernet":
-            return self._lookup_supernet(ids, table)
+        if self.is_final or self.stage == "fixed":
+            return super().lookup(ids, table)
         if self.stage == "candidates":
             return self._lookup_candidates(ids, table)
-        return super().lookup(ids, table)
+        return self._lookup_supernet(ids, table)
 
     def _lookup_supernet(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
         starts = self.pick(self._starts, table)
@@ -269,7 +269,7 @@ class OptEmbedTables(PrunedTables):
         return [{"params": [self.thresholds], "lr": self.config.threshold_lr}] if self.config.prune_rows else []
 
     def penalty(self) -> Tensor:
-        if self.stage != "supernet" or not self.config.prune_rows:
+        if self.is_final or self.stage != "supernet" or not self.config.prune_rows:
             return super().penalty()
         # Of thresholds per id the mean of each table, so that alpha means the same.
         if not self.config.threshold_per_id:
@@ -312,6 +312,14 @@ class OptEmbedTables(PrunedTables):
         widths = torch.tensor([list(candidate) for candidate in candidates], device=device)
         self._shown = widths, torch.tensor(cuts, dtype=torch.float32, device=device)
         self.stage = "candidates"
+
+    def hide_(self) -> None:
+        if self.stage == "candidates":
+            self._shown, self.stage = None, "supernet"
+
+    def candidate_bytes(self, candidate: Candidate) -> int:
+        budget = self._row_budget()
+        return budget.bytes_of(candidate, budget.numbers(candidate).tolist())
 
     @torch.no_grad()
     def adopt_(self, candidate: Candidate) -> None:

@@ -2,7 +2,7 @@
 
 from embcomp.phases import Phase
 from embcomp.training.evolution import Evolution
-from embcomp.training.reassigned import reset_rows_
+from embcomp.training.reassigned import reset_rows_, resetting_rows
 from embcomp.training.rowwise_adagrad import RowwiseAdagrad
 from embcomp.training.run import Phases
 from embcomp.training.search import Candidate, Search
@@ -18,4 +18,5 @@ __all__ = [
     "SearchLoop",
     "SearchResult",
     "reset_rows_",
+    "resetting_rows",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from embcomp.tables import EmbeddingTables
 
 
-@torch.no_grad()
 def reset_rows_(groups: Iterable[EmbeddingTables], *optimizers: torch.optim.Optimizer) -> None:
     """Clear what optimizers remember of rows that went to other ids since this was called last.
 
@@ -26,11 +26,29 @@ def reset_rows_(groups: Iterable[EmbeddingTables], *optimizers: torch.optim.Opti
     """
     for tables in groups:
         for parameter, rows in tables.reassigned_():
-            for optimizer in optimizers:
-                state = optimizer.state.get(parameter, {})
-                for name, tensor in state.items():
-                    if isinstance(tensor, Tensor) and tensor.shape[:1] == parameter.shape[:1]:
-                        tensor[rows.to(tensor.device)] = _first_value(optimizer, parameter, name)
+            _reset_rows_(parameter, rows, optimizers)
+
+
+@contextlib.contextmanager
+def resetting_rows(groups: Sequence[EmbeddingTables], *optimizers: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, an earlier state of the model is loaded; rows that go to other ids by it are cleared as by `reset_rows_`.
+
+    A loop that rewinds and keeps its optimizers needs it, one that loads their state along with the model does not.
+    """
+    before = [tables.row_owners() for tables in groups]
+    yield
+    for tables, found in zip(groups, before, strict=True):
+        now = tables.row_owners()
+        if found is not None and now is not None:
+            _reset_rows_(now[0], (now[1] != found[1]).nonzero().squeeze(1), optimizers)
+
+
+@torch.no_grad()
+def _reset_rows_(parameter: Tensor, rows: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    for optimizer in optimizers:
+        for name, tensor in optimizer.state.get(parameter, {}).items():
+            if isinstance(tensor, Tensor) and tensor.shape[:1] == parameter.shape[:1]:
+                tensor[rows.to(tensor.device)] = _first_value(optimizer, parameter, name)
 
 
 def _first_value(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,19 @@ from embcomp.config import strategy_of
 from embcomp.errors import ConfigError
 from embcomp.phases import PLAIN, Phase
 from embcomp.sites import find_groups
-from embcomp.tables import EmbeddingTables
+from embcomp.tables import EmbeddingTables, Loss, Predict, TrainingStep
 from embcomp.training.batch_norms import unmoved
 from embcomp.training.reassigned import reset_rows_
 from embcomp.training.search import Search
-from embcomp.training.searching import Evaluate, EvaluateMany, Report, SearchLoop, SearchResult
-
-Predict = Callable[[], Tensor]
-Loss = Callable[[Tensor], Tensor]
+from embcomp.training.searching import (
+    Evaluate,
+    EvaluateMany,
+    Report,
+    SearchLoop,
+    SearchResult,
+    make_folder,
+    search_files,
+)
 
 
 class Phases:
@@ -139,20 +145,40 @@ class Phases:
         """The loss of a training step.
 
         Args:
-            predict: runs the model on the batch: logits ``(B,)``, or ``(B, …)``. Called once per pass of the phase.
+            predict: runs the model on the batch: logits ``(B,)``, or ``(B, …)``. Called once per pass of the phase, or
+                as often as the tables' `EmbeddingTables.training_loss` wants it.
             loss: the task's loss of such logits, a scalar.
 
         Returns:
             The mean over passes, plus distillation and the tables' penalty where the phase has them: a scalar.
+
+        Raises:
+            ConfigError: if a strategy's ``training_loss`` leaves out the step that it is given.
         """
-        passes = self.phase.passes
-        total = self._over_passes(passes, predict, loss) if passes else loss(predict())
+        calls: list[Predict] = []
+
+        def plain(predict: Predict, loss: Loss) -> Tensor:
+            calls.append(predict)
+            with contextlib.nullcontext() if len(calls) == 1 else unmoved(self.model):
+                return self._over_passes(predict, loss) if self.phase.passes else loss(predict())
+
+        step: TrainingStep = plain
+        owners = [tables for tables in self.groups if tables.has_own_step]
+        for tables in owners:
+            step = partial(tables.training_loss, self.phase, step)
+        total = step(predict, loss)
+        if not calls:
+            names = " and ".join(type(tables).__name__ for tables in owners)
+            raise ConfigError(
+                f"training_loss of {names} never calls the step that it is given, which leaves out passes of the phase "
+                "and steps of other tables: call it with predict and loss, or with others made of them"
+            )
         if self.phase.penalty:
             total = total + torch.stack([tables.penalty() for tables in self.groups]).sum()
         return total
 
-    def _over_passes(self, passes: Sequence[str], predict: Predict, loss: Loss) -> Tensor:
-        losses: list[Tensor] = []
+    def _over_passes(self, predict: Predict, loss: Loss) -> Tensor:
+        passes, losses = self.phase.passes, list[Tensor]()
         teacher: Tensor | None = None
         for name in passes:
             for tables in self.groups:
@@ -209,6 +235,7 @@ class Phases:
         at_once: int = 8,
         num_finalists: int = 5,
         checkpoint: str | Path | None = None,
+        keep_checkpoint: bool = False,
         report: Report | None = None,
     ) -> SearchResult:
         """Run the search of this phase, and adopt what it finds; several groups are searched one after the other.
@@ -224,34 +251,45 @@ class Phases:
                 statistics are taken from that.
             at_once: P, at most.
             num_finalists: candidates that are compared by ``evaluate``, once ``evaluate_many`` has found them.
-            checkpoint: JSON file that every round is saved to, whole, and that a later call goes on from.
-            report: called with rounds done, rounds at most, and the best value, after every round.
+            checkpoint: JSON file that every round is saved to, whole, and that a later call goes on from; its folder is
+                created. Searches of more groups have files beside it, `embcomp.training.search_files`.
+            keep_checkpoint: leave these files when the search is over, for a loop that saves the model next and deletes
+                them then: killed in between, it goes on from what was found. False deletes them.
+            report: called after every round with rounds done, rounds at most, and the value and the serve bytes (None
+                where tables don't know) of the form that would be chosen now.
 
         Returns:
             What the search came to; of several groups, the last one's, whose value is that of all together.
 
         Raises:
             ConfigError: if the phase is no search.
-            InputError: if an evaluation is no finite number.
+            InputError: if an evaluation is no finite number, ``at_once`` or ``num_finalists`` is below 1, or
+                ``checkpoint`` can't be a file.
             IncompatibleStateError: if the checkpoint is of another search.
         """
         if not self.phase.is_search:
             raise ConfigError(f"phase {self.phase.name!r} is no search: there is nothing to search for")
         loop = SearchLoop(self.model, evaluate, evaluate_many, recalibrate, at_once, num_finalists, report)
         searching = self._concerned(self.phase)
-        paths = _checkpoints(checkpoint, len(searching))
+        paths = self._search_paths(checkpoint, len(searching))
         for number in range(len(self._found), len(searching)):  # those before were found before it was interrupted
             if number not in self._searches:
                 self._searches[number] = searching[number].make_search()
             self._found.append(loop.run(searching[number], self._searches[number], paths[number]))
         for path in paths:
-            if path is not None:
+            if path is not None and not keep_checkpoint:
                 path.unlink(missing_ok=True)
         result = self._found[-1]
         self._searches, self._found = {}, []
         return result
 
     # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _search_paths(self, checkpoint: str | Path | None, number: int) -> Sequence[Path | None]:
+        if checkpoint is None:
+            return [None] * number
+        make_folder(Path(checkpoint))
+        return search_files(checkpoint, number)
 
     def _concerned(self, phase: Phase) -> list[EmbeddingTables]:
         return [tables for tables in self.groups if phase in tables.phases()]
@@ -260,14 +298,6 @@ class Phases:
         """What a rewind restores: all weights but architecture parameters."""
         chosen = {id(p) for p in self._own["architecture"]}
         return {name: tensor.detach().clone() for name, tensor in self.weights().items() if id(tensor) not in chosen}
-
-
-def _checkpoints(checkpoint: str | Path | None, number: int) -> list[Path | None]:
-    """The files of several searches, each beside the first."""
-    if checkpoint is None:
-        return [None] * number
-    path = Path(checkpoint)
-    return [path, *(path.with_name(f"{path.stem}-{index}{path.suffix}") for index in range(1, number))]
 
 
 def _divergence(teacher: Tensor, logits: Tensor) -> Tensor:

@@ -8,20 +8,21 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Rational, Real
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from embcomp.errors import IncompatibleStateError, InputError
+from embcomp.specs import as_int
 from embcomp.tables import EmbeddingTables
 from embcomp.training.batch_norms import recalibrate_, recalibrated
 from embcomp.training.search import Candidate, Search
 
 Evaluate = Callable[[], float]
 EvaluateMany = Callable[[int], Sequence[float]]
-Report = Callable[[int, int, float], None]
+Report = Callable[[int, int, float, int | None], None]
 
 
 @dataclass(frozen=True)
@@ -51,21 +52,34 @@ class SearchLoop:
     num_finalists: int = 5
     report: Report | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("at_once", "num_finalists"):
+            value = as_int(getattr(self, name))
+            if value is None or value < 1:
+                raise InputError(f"search_({name}={getattr(self, name)!r}): must be an integer of at least 1")
+
     def run(self, tables: EmbeddingTables, search: Search, checkpoint: Path | None = None) -> SearchResult:
         """Drive a search to its end, and let the tables adopt what it found."""
-        if checkpoint is not None and checkpoint.is_file():
-            _load(search, checkpoint)
-        while candidates := search.ask():
-            search.tell(self._values(tables, candidates))
-            if checkpoint is not None:
+        best = None if checkpoint is None or not checkpoint.is_file() else _load(search, checkpoint)
+        try:
+            while candidates := search.ask():
+                search.tell(self._values(tables, candidates))
                 _save(search, checkpoint)
-            if self.report is not None:
-                self.report(*search.progress, max(search.known.values()))
-        chosen, value = self._best(tables, search)
+                self._tell(tables, search)
+                best = None
+            chosen, value = best or self._best(tables, search)
+            _save(search, checkpoint, (chosen, value))
+        finally:
+            tables.hide_()
         tables.adopt_(chosen)
         if self.recalibrate is not None:  # what is adopted may be served as it is
             recalibrate_(self.model, self.recalibrate)
         return SearchResult(chosen, value, len(search.known))
+
+    def _tell(self, tables: EmbeddingTables, search: Search) -> None:
+        if self.report is not None:
+            [chosen] = search.finalists(1)
+            self.report(*search.progress, search.known[chosen], tables.candidate_bytes(chosen))
 
     def _values(self, tables: EmbeddingTables, candidates: Sequence[Candidate]) -> list[float]:
         values: list[float] = []
@@ -103,22 +117,72 @@ def _checked(values: Any, candidates: Sequence[Candidate]) -> list[float]:
         )
     values = [value.item() if isinstance(value, Tensor) and value.numel() == 1 else value for value in values]
     for value, candidate in zip(values, candidates, strict=True):
-        if type(value) is bool or not isinstance(value, Real) or not math.isfinite(value):
+        if type(value) is bool or not isinstance(value, Real) or not _is_finite(value):
             raise InputError(
-                f"evaluate returned {value!r} for candidate {candidate}: return a finite number, higher being better. "
-                "Finished rounds are kept: call search_ again to go on"
+                f"evaluate returned {_shortened(value)} for candidate {candidate}: return a finite number, higher "
+                "being better. Finished rounds are kept: call search_ again to go on"
             )
     return [float(value) for value in values]
 
 
-def _save(search: Search, path: Path) -> None:
+def _is_finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer or a fraction beyond float64
+        return False
+
+
+def _shortened(value: Any) -> str:
+    """A value for a message; of integers that are too long to be written out, that they are."""
+    if isinstance(value, Rational) and not _is_finite(value):
+        return f"{'a negative' if value < 0 else 'a'} number beyond float64"
+    return repr(value)
+
+
+# ---- files of searches -----------------------------------------------------------------------------------------------
+
+
+def search_files(checkpoint: str | Path, number: int) -> list[Path]:
+    """The files that searches of several groups are saved to, each beside the first, ``checkpoint``."""
+    path = Path(checkpoint)
+    return [path, *(path.with_name(f"{path.stem}-{index}{path.suffix}") for index in range(1, number))]
+
+
+def make_folder(checkpoint: Path) -> None:
+    """Make the folder of a search's file.
+
+    Raises:
+        InputError: if that can't be, or a folder is where the file should be.
+    """
+    if checkpoint.is_dir():
+        raise InputError(f"search_(checkpoint={str(checkpoint)!r}) is a folder: give the name of a file in it")
+    try:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"search_(checkpoint={str(checkpoint)!r}): its folder can't be made ({error})") from error
+
+
+def _save(search: Search, path: Path | None, best: tuple[Candidate, float] | None = None) -> None:
+    """Write a search's state whole; when it is over, also the best, so that finalists are not compared again."""
+    if path is None:
+        return
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(search.state()))
+    temporary.write_text(json.dumps({**search.state(), "best": best}))
     os.replace(temporary, path)
 
 
-def _load(search: Search, path: Path) -> None:
+def _load(search: Search, path: Path) -> tuple[Candidate, float] | None:
+    """Go on from a file; return the best candidate and its value, if the search is over."""
     try:
-        search.load(json.loads(path.read_text()))
+        state = json.loads(path.read_text())
+        search.load(state)
+        best = state.get("best")
+        if best is None:
+            return None
+        genes, value = best
+        chosen, value = tuple(genes), float(value)
+        if chosen not in search.known:
+            raise ValueError(f"{chosen} was not evaluated")
     except (ValueError, KeyError, TypeError) as error:
         raise IncompatibleStateError(f"{path} holds no state of this search ({error!r}): delete it") from error
+    return chosen, value

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from embcomp.errors import ConfigError, IncompatibleStateError
+from embcomp.memory import format_bytes
 from embcomp.training import Phase, Phases
+from embcomp.training.searching import search_files
 from recsys_models.data import ClickLog, SessionLog
 from recsys_models.training import checkpoint
 from recsys_models.training.clicks import ClickTask
 from recsys_models.training.config import TrainingConfig
 from recsys_models.training.devices import device_named
+from recsys_models.training.identity import describe_modules
 from recsys_models.training.result import Callback, PhaseResult, TrainingResult
 from recsys_models.training.run import Run
 from recsys_models.training.sessions import SessionTask
@@ -33,7 +36,7 @@ MAY_CHANGE = ("epochs", "max_steps", "patience", "eval_batch_size", "search_at_o
 """Fields of the config that may differ between a run and its continuation."""
 
 SEARCH_FILE = "search.json"
-"""Where a search saves every round, beside the checkpoint."""
+"""Where a search saves every round, beside the checkpoint; kept until a checkpoint has what it found."""
 
 
 def fit(
@@ -61,7 +64,8 @@ def fit(
         data: clicks or sessions; the train split to learn from, the validation split to select by.
         config: how to train.
         checkpoint_dir: where to write a checkpoint after every evaluation; None for nowhere.
-        resume: go on from the checkpoint in ``checkpoint_dir``, or from the beginning where there is none.
+        resume: go on from the checkpoint in ``checkpoint_dir``, or from the beginning where there is none. False first
+            deletes what is there, so that a run that is killed before its first evaluation is not taken for another.
         callbacks: called in order.
         shared_dir: folder for runs whose options differ in nothing but the budget of the tables: the first phases, as
             far as they are the same for every budget, are done by one run, and the others begin where they end. The
@@ -119,7 +123,8 @@ class _Training:
         if resume and self.path is not None and self.path.is_file():
             saved = self._read(self.path)
         elif self.path is not None:
-            self.path.with_name(SEARCH_FILE).unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)  # else a run that is killed early would go on as the one before it
+            self._forget_searches()
         for phase in self.phases.phases[len(self.done) :]:
             self.phases.enter_(phase)
             if saved is not None:
@@ -165,10 +170,11 @@ class _Training:
         disable = None if self.config.progress else True
         with tqdm(desc=f"{self.task.name} {phase.name}", unit="round", disable=disable) as bar:
 
-            def report(done: int, most: int, best: float) -> None:
+            def report(done: int, most: int, best: float, size: int | None) -> None:
                 bar.total, bar.n = most, done
-                bar.set_postfix_str(f"best {monitor} {sign * best:.5f}")
-                logger.info("%s: round %d of %d, best %.5f", self.task.name, done, most, sign * best)
+                told = f"best {monitor} {sign * best:.5f}" + ("" if size is None else f", {format_bytes(size)}")
+                bar.set_postfix_str(told)
+                logger.info("%s: round %d of %d, %s", self.task.name, done, most, told)
 
             found = self.phases.search_(
                 candidates.evaluate,
@@ -176,6 +182,7 @@ class _Training:
                 candidates.recalibrate,
                 at_once=at_once,
                 checkpoint=None if self.path is None else self.path.with_name(SEARCH_FILE),
+                keep_checkpoint=True,
                 report=report,
             )
         size = sum(tables.memory().serve_bytes for tables in self.phases.groups)
@@ -207,7 +214,7 @@ class _Training:
         return {
             **config,
             "data": self.task.content_hash,
-            "model": type(self.model).__name__,
+            **describe_modules(self.model),
             "tables": repr([tables.built_config for tables in self.phases.groups]),
         }
 
@@ -225,13 +232,20 @@ class _Training:
         tensors |= checkpoint.with_prefix("model.", self.model.state_dict())
         tensors |= checkpoint.with_prefix("random.", checkpoint.random_state(self.device))
         checkpoint.write_checkpoint(self.path, tensors, info)
+        self._forget_searches()  # what they found is in the checkpoint, which is of a later state
+
+    def _forget_searches(self) -> None:
+        if self.path is not None:
+            for path in search_files(self.path.with_name(SEARCH_FILE), len(self.phases.groups)):
+                path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, info = checkpoint.read_checkpoint(path)
-        for name, value in self.identity.items():
-            if info["identity"].get(name) != value:
+        own, saved = self.identity, info["identity"]
+        for name in own | saved:
+            if saved.get(name) != own.get(name):
                 raise IncompatibleStateError(
-                    f"{path} was trained with {name}={info['identity'].get(name)!r}, not {value!r}: "
+                    f"{path} was trained with {name}={saved.get(name)!r}, not {own.get(name)!r}: "
                     "use the same, or another checkpoint_dir"
                 )
         self.done = [PhaseResult.from_dict(values) for values in info["done"]]

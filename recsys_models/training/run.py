@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from embcomp.errors import IncompatibleStateError
-from embcomp.training import Phases
+from embcomp.training import Phases, resetting_rows
 from recsys_models.errors import TrainingError
 from recsys_models.training import checkpoint
 from recsys_models.training.config import TrainingConfig
@@ -216,7 +216,8 @@ class Run:
             progress.bad_evaluations += 1
             self._lower_learning_rates()
             if self.config.plateau_rewind and self.best_weights:
-                self.model.load_state_dict(self.best_weights)
+                with resetting_rows(self.phases.groups, *self.optimizers):
+                    self.model.load_state_dict(self.best_weights)
         for callback in self.callbacks:
             callback.on_evaluation(self.model, evaluation)
         self.save()

@@ -1,6 +1,9 @@
 """Several phases through `fit`: ``optembed`` killed in any of them and resumed, and what its result says."""
 
 import dataclasses
+import io
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -154,6 +157,70 @@ def test_starting_anew_forgets_an_interrupted_search(tmp_path, monkeypatch):
     assert_same(state(model), weights)
 
 
+class EndOfSearch(Callback):
+    """Raises when the search is over, and nothing is saved of what it found but its file."""
+
+    def on_phase_start(self, model, phase):
+        if phase.name == "retrain":
+            raise Killed
+
+
+def unsearchable(patch):
+    for name in ("evaluate", "evaluate_many"):
+        patch.setattr(ClickSearch, name, lambda *args: pytest.fail("evaluated again"))
+
+
+def test_bug_killed_when_its_search_is_over_it_is_not_searched_again(tmp_path, monkeypatch):
+    result, weights, chosen = whole("plain")
+    with pytest.raises(Killed):
+        fit(model_of(), DATA, CONFIG, checkpoint_dir=tmp_path, callbacks=[EndOfSearch()])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.safetensors", "search.json"]
+    again = model_of()
+    with monkeypatch.context() as patch:
+        unsearchable(patch)
+        resumed = fit(again, DATA, CONFIG, checkpoint_dir=tmp_path, resume=True)
+    assert timeless(resumed) == result
+    assert_same(state(again), weights)
+    assert again.tables.config == chosen
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+
+
+def test_bug_a_finished_run_that_ends_with_a_search_is_not_searched_again_and_keeps_its_front(tmp_path, monkeypatch):
+    model, again = (shared_model(NestedConfig(), "30%") for _ in range(2))
+    result = fit(model, DATA, CONFIG, checkpoint_dir=tmp_path)
+    with monkeypatch.context() as patch:
+        unsearchable(patch)
+        assert timeless(fit(again, DATA, CONFIG, checkpoint_dir=tmp_path, resume=True)) == timeless(result)
+    assert_same(state(again), state(model))
+    assert again.tables.pareto() == model.tables.pareto()
+    again.tables.cut_("20%")
+    with pytest.raises(Killed):
+        fit(again, DATA, CONFIG, checkpoint_dir=tmp_path, callbacks=[Killer("train", 3)])
+    assert list(tmp_path.iterdir()) == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("strategy", [OptEmbedConfig(**SEARCH), NestedConfig()], ids=["optembed", "nested"])
+def test_bug_the_progress_bar_of_a_search_shows_the_best_metric_and_its_bytes(strategy, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    model = shared_model(strategy, "40%")
+    fit(model, DATA, config(epochs=1))
+    name = next(phase.name for phase in model.tables.phases() if phase.is_search)
+    bars = [line for line in terminal.getvalue().split("\r") if line.startswith(f"tiny {name}") and "best" in line]
+    told = [re.search(r"best auc (0\.\d{5}), (.+)\]", bar) for bar in bars]
+    assert all(told)
+    limit = model.tables.config.limit_bytes
+    size, unit = told[-1][2].split(" ")
+    assert 0.5 * limit < float(size) * {"B": 1, "KiB": 1024}[unit] <= limit + 5
+    if name == "cut":
+        assert told[0][2] != told[-1][2]
+
+
 # ---- shared between budgets ------------------------------------------------------------------------------------------
 
 SHARING = {
@@ -190,6 +257,10 @@ def test_a_phase_that_is_the_same_for_every_budget_is_done_once(name, tmp_path):
 
 def test_phases_of_other_options_are_not_shared(tmp_path):
     fit(model_of(), DATA, CONFIG, shared_dir=tmp_path)
+    assert fit(model_of("60%"), DATA, CONFIG, shared_dir=tmp_path).phases[0].shared
+    other = model_of()
+    other.mlp[3].p = 0.5
+    assert not fit(other, DATA, CONFIG, shared_dir=tmp_path).phases[0].shared
     for changed in ({"seed": 3}, {"epochs": 1}, {"learning_rate": 0.01}):
         assert not fit(model_of(), DATA, config(**changed), shared_dir=tmp_path).phases[0].shared
     result = fit(model_of(score="taylor"), DATA, CONFIG, shared_dir=tmp_path)

@@ -12,13 +12,18 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 
-from embcomp import QuantizeConfig
+from embcomp import DynamicConfig, QuantizeConfig
 from embcomp.errors import ConfigError, IncompatibleStateError, InputError
 from recsys_models.errors import TrainingError
 from recsys_models.metrics import Metrics, evaluate
-from recsys_models.training import Callback, TrainingConfig, fit, make_optimizers, parameter_groups
+from recsys_models.training import Callback, TrainingConfig, checkpoint, fit, make_optimizers, parameter_groups
+from recsys_models.training.identity import describe_modules
 from recsys_models.training.optimizers import clip_gradients
+from recsys_models.training.result import Evaluation
+from recsys_models.training.run import Run
 from tests.recsys_models import killed_run
+from tests.recsys_models.killer import Killed, Killer
+from tests.recsys_models.session import tiny as sessions
 from tests.recsys_models.tiny import tiny_log, tiny_model
 
 CONFIG = TrainingConfig(batch_size=64, epochs=3, learning_rate=0.01, device="cpu")
@@ -205,6 +210,31 @@ def test_a_plateau_can_rewind_to_the_best_weights(monkeypatch):
         assert_same(seen[2], seen[1])
 
 
+def test_bug_a_rewind_that_gives_rows_back_clears_their_optimizer_state(monkeypatch):
+    data, owners, sums = tiny_log(), [], []
+    strategy = DynamicConfig(num_slots={"f0": 20, "f1": 6, "f2": 2}, interval=3)
+    model, evaluated = seeded(data, strategy=strategy), Run._evaluate
+
+    def noting(self, train_loss):
+        (weight, before), optimizer = model.tables.row_owners(), self.optimizers[0]
+        old = optimizer.state[weight]["sum"].clone()
+        found = evaluated(self, train_loss)
+        owners.append((before, model.tables.row_owners()[1]))
+        sums.append((old, optimizer.state[weight]["sum"].clone()))
+        return found
+
+    monkeypatch.setattr(Run, "_evaluate", noting)
+    scripted(monkeypatch, [0.7, 0.65])
+    fit(model, data, config(epochs=2, patience=None, plateau_rewind=True, optimizer="adagrad", restore_best=False))
+    assert torch.equal(*owners[0])
+    assert torch.equal(*sums[0])
+    went = owners[1][0] != owners[1][1]
+    assert 0 < int(went.sum()) < len(went)
+    assert float(sums[1][0][went].abs().sum()) > 0
+    assert float(sums[1][1][went].abs().sum()) == 0
+    assert torch.equal(sums[1][1][~went], sums[1][0][~went])
+
+
 def test_learning_rates_stop_at_the_minimum_and_the_last_weights_can_be_kept(monkeypatch):
     data = tiny_log()
     seen = scripted(monkeypatch, [0.6] * 9)
@@ -309,14 +339,17 @@ def test_what_does_not_go_with_sparse_rows():
 def test_killed_and_resumed_gives_the_same_weights_bit_for_bit(tmp_path, strategy):
     whole, whole_weights = killed_run.run(tmp_path / "whole", strategy=strategy)
     assert not all(evaluation.improved for evaluation in whole.history)  # so best and last weights differ
-    for where in ("write 2", "step 25"):  # half way through writing the second checkpoint; in the third epoch
+    for where in killed_run.PLACES[strategy]:
         command = [sys.executable, "-m", killed_run.__name__, str(tmp_path / "killed"), where, strategy]
         root = Path(__file__).parents[2]
         killed = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=root)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
     resumed, weights = killed_run.run(tmp_path / "killed", strategy=strategy)
     assert resumed.history == whole.history
-    assert resumed.steps == whole.steps == 40
+    assert resumed.steps == whole.steps == 40 * len({evaluation.phase for evaluation in whole.history})
+    assert [(p.candidate, p.num_evaluated) for p in resumed.phases] == [
+        (p.candidate, p.num_evaluated) for p in whole.phases
+    ]
     assert_same(weights, whole_weights)
 
 
@@ -360,10 +393,16 @@ def test_foreign_and_damaged_checkpoints(tmp_path):
         fit(seeded(data), data, config(learning_rate=0.1), **resumed)
     with pytest.raises(IncompatibleStateError, match="data='tiny-0', not 'tiny-1'"):
         fit(seeded(tiny_log(seed=1)), tiny_log(seed=1), CONFIG, **resumed)
-    with pytest.raises(IncompatibleStateError, match="model='DeepFM', not 'FM'"):
+    with pytest.raises(IncompatibleStateError, match=r"model='DeepFM\(.*\)', not 'FM\("):
         fit(seeded(data, "fm"), data, CONFIG, **resumed)
-    with pytest.raises(IncompatibleStateError, match="another shape"):
+    with pytest.raises(IncompatibleStateError, match=r"model\.mlp\.0='Linear.*out_features=16\)', not .*=5\)'"):
         fit(seeded(data, hidden_units=(5,)), data, CONFIG, **resumed)
+    with pytest.raises(IncompatibleStateError, match=r"model\.mlp\.2='Linear.*', not 'Dropout\(p=0\.2"):
+        fit(seeded(data, dropout=0.2), data, CONFIG, **resumed)
+    without_bias = seeded(data)
+    without_bias.mlp[0].register_parameter("bias", None)
+    with pytest.raises(IncompatibleStateError, match="another shape"):
+        fit(without_bias, data, CONFIG, **resumed)
     with pytest.raises(ConfigError, match="checkpoint_dir"):
         fit(seeded(data), data, CONFIG, resume=True)
     content = file.read_bytes()
@@ -371,6 +410,66 @@ def test_foreign_and_damaged_checkpoints(tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(IncompatibleStateError, match="delete it to start anew"):
             fit(seeded(data), data, CONFIG, **resumed)
+
+
+def test_bug_a_run_that_begins_anew_and_is_killed_early_does_not_go_on_as_the_one_before(tmp_path):
+    data = tiny_log()
+    fit(seeded(data, dropout=0.2), data, CONFIG, checkpoint_dir=tmp_path)
+    for model in (seeded(data, dropout=0.5), seeded(data, dropout=0.2)):
+        with pytest.raises(Killed):
+            fit(model, data, CONFIG, checkpoint_dir=tmp_path, callbacks=[Killer("train", 3)])
+        assert list(tmp_path.iterdir()) == []
+    model, alone = seeded(data, dropout=0.5), seeded(data, dropout=0.5)
+    fit(model, data, CONFIG, checkpoint_dir=tmp_path, resume=True)
+    fit(alone, data, CONFIG)
+    assert_same(state(model), state(alone))
+
+
+def test_bug_a_checkpoint_of_other_dropout_is_refused_and_so_is_one_that_does_not_say(tmp_path):
+    data, file, resumed = tiny_log(), tmp_path / "checkpoint.safetensors", {"checkpoint_dir": tmp_path, "resume": True}
+    first = fit(seeded(data, dropout=0.2), data, CONFIG, checkpoint_dir=tmp_path)
+    with pytest.raises(IncompatibleStateError, match=r"model\.mlp\.2='Dropout\(p=0\.2, .*', not 'Dropout\(p=0\.5, "):
+        fit(seeded(data, dropout=0.5), data, CONFIG, **resumed)
+    torch.manual_seed(99)  # first weights need not be the same, since none of them is used
+    assert fit(tiny_model(data, dropout=0.2), data, CONFIG, **resumed) == first
+    tensors, info = checkpoint.read_checkpoint(file)
+    info["identity"] = {name: value for name, value in info["identity"].items() if not name.startswith("model.")}
+    checkpoint.write_checkpoint(file, tensors, {**info, "identity": {**info["identity"], "model": "DeepFM"}})
+    with pytest.raises(IncompatibleStateError, match=r"model='DeepFM', not 'DeepFM\(.*use the same, or another check"):
+        fit(seeded(data, dropout=0.2), data, CONFIG, **resumed)
+
+
+def test_models_are_told_apart_by_what_their_modules_hold_but_not_by_what_training_changes():
+    data = tiny_log()
+    model = seeded(data, "deepfm", "optembed", "50%", **DROPOUT)
+    before = describe_modules(model)
+    assert before["model.mlp.3"] == "Dropout(p=0.2, inplace=False)"
+    assert not any(name.startswith("model.tables") for name in before)
+    fit(model, data, config(epochs=1))
+    assert describe_modules(model.eval()) == before
+    log = sessions.tiny_log()
+    models = [
+        sessions.tiny_model(log),
+        sessions.tiny_model(log, loss="sampled"),
+        sessions.tiny_model(log, loss="sampled", num_negatives=8),
+        sessions.tiny_model(log, "bert4rec"),
+        sessions.tiny_model(log, items="metadata"),
+    ]
+    assert len({str(describe_modules(model)) for model in models}) == len(models)
+
+
+def test_modules_with_odd_attributes_are_described():
+    module = torch.nn.Dropout(0.5)
+    module.weights, module.call, module.sizes, module.mixed = torch.ones(3), len, (1, (2.0, "x")), [1, torch.ones(1)]
+    module.kind, module.keyed, module.config = TrainingConfig, {len: 1}, Evaluation(1, 2, {"auc": 0.5}, 0.1, 0.2, True)
+    text = f"Dropout(p=0.5, inplace=False, sizes=(1, (2.0, 'x')), config={module.config!r})"
+    assert describe_modules(module) == {"model": text}
+    lengths = []
+    for last in (7, 8):
+        module.items = [*range(100_000), last]
+        lengths.append(describe_modules(module)["model"])
+    assert lengths[0] != lengths[1]
+    assert len(lengths[0]) == len(lengths[1]) < 1200
 
 
 # ---- errors and configs --------------------------------------------------------------------------------------------

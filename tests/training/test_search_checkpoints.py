@@ -1,15 +1,17 @@
 """Searches that are killed and go on from a file, or from what they remember, and files that are not theirs."""
 
+import copy
 import json
 
 import pytest
 import torch
 from torch import nn
 
-from embcomp.errors import IncompatibleStateError
+import embcomp
+from embcomp.errors import IncompatibleStateError, InputError
 from embcomp.training import Evolution, Phases
 from tests.examples.optembed_loop import ClickModel
-from tests.training.clicks import WideModel, batches, compressed
+from tests.training.clicks import SIZES, WideModel, batches, compressed
 from tests.training.searched import Sometimes, entered, whole_search
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
@@ -52,6 +54,38 @@ def test_a_file_that_is_no_state_of_this_search_is_refused(what, tmp_path):
         phases.search_(phases.model.value, checkpoint=file)
     file.unlink()
     assert phases.search_(phases.model.value, checkpoint=file) == whole_search()[0]
+
+
+def test_bug_a_file_that_cannot_be_is_refused_before_anything_is_evaluated_and_folders_are_made(tmp_path):
+    (tmp_path / "file").touch()
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "search.json", "its folder can't be made")):
+        with pytest.raises(InputError, match=message) as error:
+            entered().search_(lambda: pytest.fail("evaluated"), checkpoint=path)
+        assert repr(str(path)) in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    phases = entered()
+    assert phases.search_(phases.model.value, checkpoint=tmp_path / "a" / "b" / "search.json") == whole_search()[0]
+
+
+def test_a_file_that_is_kept_has_what_was_found_and_nothing_is_evaluated_again(tmp_path):
+    file, phases = tmp_path / "search.json", entered()
+    finalists = {}
+
+    def evaluate():
+        return finalists.setdefault(phases.model.tables.shown[0], float(len(finalists)))  # the last one wins
+
+    found = phases.search_(evaluate, lambda number: [0.5] * number, checkpoint=file, keep_checkpoint=True)
+    whole = file.read_text()
+    for best in ([[0, 0, 0, 0], 0.5], [], 3, [found.candidate, "x"]):
+        file.write_text(json.dumps({**json.loads(whole), "best": best}))
+        with pytest.raises(IncompatibleStateError, match="holds no state of this search"):
+            entered().search_(lambda: pytest.fail("evaluated"), checkpoint=file)
+    file.write_text(whole)
+    assert (found.candidate, found.value, len(finalists)) == (list(finalists)[-1], 4.0, 5)
+    again = entered()
+    assert again.search_(lambda: pytest.fail("evaluated"), checkpoint=file) == found
+    assert again.model.tables.adopted == found.candidate
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- real models ---------------------------------------------------------------------------------------------------
@@ -113,6 +147,75 @@ def test_a_search_killed_anywhere_ends_as_if_it_had_not_been(kind, number, fresh
         phases = after_a_supernet(kind) if fresh else phases
         assert run_search(phases, checkpoint=file)[:2] == expected[:2]
         assert list(tmp_path.iterdir()) == []
+
+
+def during_a_cut():
+    """A trained-like ``nested`` model in its search phase."""
+    model, _ = compressed(strategy="nested", budget="40%")
+    phases = Phases(model)
+    phases.enter_(phases.phases[1])
+    return phases
+
+
+@pytest.mark.parametrize("begun", [lambda: after_a_supernet(ClickModel), during_a_cut], ids=["optembed", "nested"])
+def test_bug_a_search_that_raises_shows_no_candidates_any_more(begun):
+    phases, seen = begun(), []
+    model, (tables,) = phases.model.eval(), phases.groups
+    before = {name: buffer.clone() for name, buffer in tables.named_buffers()}
+    inputs = {name: torch.arange(8) % 7 for name in SIZES}
+
+    def fail(number):
+        if number == 1:  # of a cut, the largest form
+            return [0.5]
+        assert number == 8
+        seen.append(model({name: ids.repeat(8) for name, ids in inputs.items()}))
+        raise RuntimeError("out of memory")
+
+    wanted = model(inputs)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        phases.search_(lambda: 0.5, fail)
+    assert seen[0].shape == (64,)
+    torch.testing.assert_close(model(inputs), wanted, rtol=0, atol=0)
+    assert model({name: ids[:3] for name, ids in inputs.items()}).shape == (3,)
+    for name, buffer in tables.named_buffers():
+        torch.testing.assert_close(buffer, before[name], rtol=0, atol=0, msg=name)
+    phases.release_()
+    embcomp.finalize_(model)
+    assert model({name: ids[:3] for name, ids in inputs.items()}).shape == (3,)
+    assert float(tables.penalty()) == 0.0
+
+
+def test_what_was_finalized_while_candidates_were_shown_is_served():
+    tables = after_a_supernet(ClickModel).groups[0]
+    ids = torch.arange(7)[:, None].expand(7, 3)
+    shown, fixed = copy.deepcopy(tables), copy.deepcopy(tables)
+    shown.show_([(8, 8, 8), (1, 2, 3)])
+    fixed.leave_phase_(fixed.phases()[1])
+    torch.testing.assert_close(shown.finalize_()(ids), fixed.finalize_()(ids), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"budget": "25%"}, {"budget": None}, {"budget": "25%", "rows": "int8"}], ids=str)
+def test_reports_have_the_bytes_of_the_form_that_would_be_chosen(options):
+    phases, reports = after_a_supernet(ClickModel, **options), []
+    tables = phases.groups[0]
+    evaluate, _ = log_loss_of(phases.model)
+    phases.search_(lambda: evaluate()[0], report=lambda *told: reports.append(told))
+    _, _, value, size = reports[-1]
+    assert value == max(told[2] for told in reports)
+    row = max(part.serve_bytes for part in tables.memory().parts) // 20
+    assert tables.memory().serve_bytes - row <= size <= (tables.config.limit_bytes or size)
+    if options["budget"] is None:
+        assert size == tables.memory().serve_bytes
+
+
+def test_reports_of_a_cut_follow_the_way_down():
+    phases, reports = during_a_cut(), []
+    evaluate, _ = log_loss_of(phases.model)
+    phases.search_(lambda: evaluate()[0], report=lambda *told: reports.append(told))
+    front, limit = phases.groups[0].pareto(), phases.groups[0].config.limit_bytes
+    told = [(size, value) for _, _, value, size in reports]
+    assert set(told) <= {(point.bytes, point.value) for point in front}
+    assert told[-1][0] == max(point.bytes for point in front if point.bytes <= limit)
 
 
 def test_while_one_group_is_searched_the_others_show_what_they_have_learned():

@@ -1,5 +1,7 @@
 """Searches through `Phases.search_`: what is evaluated, evaluations that go wrong, and batch norms of the finalists."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -22,9 +24,10 @@ def test_what_is_found_is_the_best_of_all_that_was_shown_and_is_adopted():
     result = phases.search_(evaluate, report=lambda *values: reports.append(values))
     assert result.candidate == phases.model.tables.adopted == max(seen, key=seen.get)
     assert (result.value, result.num_evaluated) == (max(seen.values()), len(seen))
-    assert [done for done, _, _ in reports] == [1, 2, 3, 4, 5, 6]
-    assert {most for _, most, _ in reports} == {GENERATIONS}
-    assert [best for _, _, best in reports] == sorted(best for _, _, best in reports)
+    assert [done for done, _, _, _ in reports] == [1, 2, 3, 4, 5, 6]
+    assert {most for _, most, _, _ in reports} == {GENERATIONS}
+    assert [best for _, _, best, _ in reports] == sorted(best for _, _, best, _ in reports)
+    assert [size for _, _, _, size in reports] == [None] * 6  # these tables do not know
 
 
 def test_many_at_once_are_at_most_as_many_as_said_and_finalists_are_compared_by_the_full_evaluation():
@@ -50,6 +53,7 @@ def test_many_at_once_are_at_most_as_many_as_said_and_finalists_are_compared_by_
 # ---- evaluations that go wrong -------------------------------------------------------------------------------------
 
 BAD = [float("nan"), float("inf"), -float("inf"), "0.5", None, True, [0.5], torch.ones(2), 1j]
+TOO_LARGE = [(10**400, "a number"), (-(10**5000), "a negative number"), (Fraction(10**5000, 3), "a number")]
 
 
 @pytest.mark.parametrize("kind", [torch.tensor, lambda value: torch.tensor([value]), np.float32])
@@ -71,6 +75,22 @@ def test_a_value_that_is_no_number_is_named_with_its_candidate_and_loses_nothing
     assert repr(bad) in str(error.value)
     assert str(evaluate.wrong) in str(error.value)
     assert phases.search_(evaluate) == expected
+
+
+@pytest.mark.parametrize(("bad", "told"), TOO_LARGE, ids=["10**400", "-(10**5000)", "10**5000 / 3"])
+def test_bug_a_value_beyond_float64_is_no_finite_number(bad, told):
+    expected, phases = whole_search()[0], entered()
+    evaluate = Sometimes(phases.model, 5, bad)
+    with pytest.raises(InputError, match=f"evaluate returned {told} beyond float64 for candidate"):
+        phases.search_(evaluate)
+    assert phases.search_(evaluate) == expected
+
+
+@pytest.mark.parametrize("name", ["at_once", "num_finalists"])
+@pytest.mark.parametrize("value", [0, -1, 2.0, True, None, "3"], ids=repr)
+def test_bug_numbers_of_a_search_below_one_are_refused_before_anything_is_evaluated(name, value):
+    with pytest.raises(InputError, match=rf"search_\({name}={value!r}\): must be an integer of at least 1"):
+        entered().search_(lambda: pytest.fail("evaluated"), **{name: value})
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
