@@ -6,7 +6,10 @@ compiler sums in another order; ids that ``unseen="error"`` refuses raise ``Runt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +92,7 @@ def export_aoti(
     subject = make_subject(model, table, bag, example, dynamic_shapes)
     check_on_cpu(subject, "AOTInductor")
     _check_compiler()
-    with whole_file(path, ".pt2", overwrite) as unfinished:
+    with whole_file(path, ".pt2", overwrite) as unfinished, quiet():
         torch._inductor.aoti_compile_and_package(capture(subject), package_path=str(unfinished))
     return told("aoti", path, subject)
 
@@ -116,6 +119,22 @@ def told(kind: str, path: str | Path, subject: Subject) -> Exported:
     path = Path(path)
     size = path.stat().st_size
     return Exported(kind, path, size, subject.serve_bytes, subject.inputs, subject.outputs, subject.unseen)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch's exporters from telling what they have no translations for, and warning of themselves."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _check_compiler() -> None:

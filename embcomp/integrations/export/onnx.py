@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import copy
 import importlib
-import logging
 import math
 import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from embcomp.errors import ExportError, MissingDependencyError
 from embcomp.integrations.export.files import Exported, whole_file
-from embcomp.integrations.export.graphs import capture, told
+from embcomp.integrations.export.graphs import capture, quiet, told
 from embcomp.integrations.export.subjects import Subject, check_on_cpu, make_subject
 from embcomp.sites import find_groups
 from embcomp.storage import RowStore
@@ -122,7 +119,7 @@ def _converted(subject: Subject, strategies: str) -> ONNXProgram:
     inputs, outputs = subject.inputs or None, subject.outputs or None
     otherwise = _written_otherwise()
     try:
-        with _quiet():
+        with quiet():
             program = capture(subject)
             if any(node.target in otherwise for node in program.graph.nodes):
                 program = program.run_decompositions(otherwise)
@@ -154,22 +151,6 @@ def _shift_right(values: Tensor, by: Tensor) -> Tensor:
     if values.dtype != torch.uint8:
         return torch.bitwise_right_shift(values, by)
     return torch.bitwise_right_shift(values.to(torch.int32), by.to(torch.int32)).to(torch.uint8)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch's exporter from telling what it has no translations for, and warning of itself."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _missing_operations(error: BaseException | None) -> list[str]:
