@@ -25,8 +25,8 @@ from benchmarks import export_peers
 from benchmarks.markdown import markdown_table
 from benchmarks.speed.contest import Contestant, take_turns
 from benchmarks.speed.machine import Machine
-from benchmarks.speed.setting import Setting
-from embcomp import EmbcompError, EmbeddingTables, build_tables, list_strategies, make_config
+from benchmarks.speed.setting import zipf_ids
+from embcomp import EmbcompError, EmbeddingTables, TableSpec, build_tables, list_strategies, make_config
 from embcomp.config import StrategyConfig
 from embcomp.integrations.export import export_aoti, export_fbgemm, export_onnx, export_pt2, load_fbgemm
 
@@ -36,6 +36,7 @@ _ROWS = ("float32", "float16", "int8:row", "int8:column", "int4:row", "int4:colu
 _SUFFIXES = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx", "fbgemm": ".safetensors"}
 _BATCHES = {1: 200, 4096: 20}
 """Batch size -> rounds."""
+_TURNS = 4
 Lookup = Callable[[Tensor], Tensor]
 
 
@@ -45,17 +46,30 @@ class Sizes:
 
     Attributes:
         tables: T.
-        rows: V, ids of each table.
+        rows: ids of the largest table; the n-th has an n-th of them, as vocabularies differ.
         dim: D.
         budget: of the strategies.
         batches: batch size -> rounds of lookups.
     """
 
     tables: int = 26
-    rows: int = 20_000
+    rows: int = 100_000
     dim: int = 16
     budget: str = "10%"
     batches: dict[int, int] = field(default_factory=lambda: dict(_BATCHES))
+
+    def specs(self) -> list[TableSpec]:
+        """Describe the tables."""
+        return [TableSpec(f"table_{n:02d}", self.rows // (n + 1), self.dim, init_std=1.0) for n in range(self.tables)]
+
+    def draw(self) -> dict[int, list[Tensor]]:
+        """Draw Zipf ids: batch size -> int64 ``(B, T)``, as many as rounds take turns with."""
+        generator = torch.Generator().manual_seed(0)
+        sizes = [spec.num_embeddings for spec in self.specs()]
+        return {
+            batch: [torch.stack([zipf_ids((batch,), size, generator) for size in sizes], dim=1) for _ in range(_TURNS)]
+            for batch in self.batches
+        }
 
 
 QUICK = Sizes(3, 200, 8, "30%", {1: 2, 7: 2})
@@ -87,9 +101,7 @@ class Result:
 
 def measure(sizes: Sizes, strategies: Sequence[str], kinds: Sequence[str]) -> Iterator[Result]:
     """Build, export and time everything."""
-    setting = Setting(sizes.tables, sizes.rows)
-    specs = [dataclasses.replace(spec, init_std=1.0) for spec in setting.specs(sizes.dim)]
-    drawn = {size: dataclasses.replace(setting, batch=size, batches=4).draw("shuffled") for size in sizes.batches}
+    specs, drawn = sizes.specs(), sizes.draw()
     for name, config, budget in _contestants(sizes, strategies):
         _say(f"{name} ...")
         try:
@@ -177,9 +189,10 @@ def _turns(lookup: Lookup, batches: list[Tensor]) -> Callable[[int], object]:
 
 def markdown(sizes: Sizes, machine: Machine, results: Sequence[Result]) -> str:
     """Sizes, then a table of latencies for each batch size, then what was refused and how exact the rest is."""
-    kinds = list(dict.fromkeys(result.kind for result in results))
+    specs, kinds = sizes.specs(), list(dict.fromkeys(result.kind for result in results))
     lines = [
-        f"{sizes.tables} tables of {sizes.rows:,} rows, D = {sizes.dim}, strategies at {sizes.budget}; {machine}",
+        f"{sizes.tables} tables of {specs[0].num_embeddings:,} to {specs[-1].num_embeddings:,} ids, D = {sizes.dim}, "
+        f"strategies at {sizes.budget}. {machine}.".replace("\n", "; "),
         "",
         "### File sizes, bytes",
         "",

@@ -22,7 +22,7 @@ def test_a_tiny_run(tmp_path, capsys):
         assert set(row["latency"]) == {str(size) for size in QUICK.batches}
         assert all(value > 0 for value in row["latency"].values())
         assert row["difference"] < 1e-5
-        assert row["serve_bytes"] / 4 <= 0.3 * QUICK.tables * QUICK.rows * QUICK.dim + 1e-6
+        assert row["serve_bytes"] <= 0.3 * sum(spec.full_bytes for spec in QUICK.specs()) + 1e-6
         assert kind == "eager" or row["file_bytes"] > row["serve_bytes"]
     assert by_name["hash"]["fbgemm"]["file_bytes"] is None
     assert "shares rows" in by_name["hash"]["fbgemm"]["note"]
