@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,11 +127,23 @@ def load_fbgemm(
     """
     from embcomp.integrations.export.quantized import QuantizedTables
 
-    content, state = _read(Path(path))
-    tables = [QuantizedTable(**one) for one in content["tables"]]
-    return QuantizedTables(
-        tables, state, content["unseen"], content["seed"], features, pooling, is_weighted, torch.device(device)
-    )
+    path = Path(path)
+    content, state = _read(path)
+    tables = [_described(one, state, path) for one in get(content, "tables", list, path)]
+    unseen, seed = get(content, "unseen", str, path), get(content, "seed", int, path)
+    return QuantizedTables(tables, state, unseen, seed, features, pooling, is_weighted, torch.device(device))
+
+
+def _described(content: Any, state: Mapping[str, Tensor], path: Path) -> QuantizedTable:
+    names = [field.name for field in fields(QuantizedTable)]
+    if not isinstance(content, dict) or sorted(content) != sorted(names):
+        raise IncompatibleStateError(f"{path}: a table is described by {', '.join(names)}, found {content!r}")
+    table = QuantizedTable(**content)
+    parts = ("codes", "scale_bias") if table.data_type.startswith("INT") else ("rows",)
+    for part in parts:
+        if f"{table.name}.{part}" not in state:
+            raise IncompatibleStateError(f"{path} lacks {table.name}.{part}, so it is corrupt")
+    return table
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._inductor import cpp_builder
-from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 from torch.export import ExportedProgram
 
 from embcomp.errors import ExportError
@@ -93,7 +93,14 @@ def export_aoti(
     check_on_cpu(subject, "AOTInductor")
     _check_compiler()
     with whole_file(path, ".pt2", overwrite) as unfinished, quiet():
-        torch._inductor.aoti_compile_and_package(capture(subject), package_path=str(unfinished))
+        program = capture(subject)
+        try:
+            torch._inductor.aoti_compile_and_package(program, package_path=str(unfinished))
+        except (InductorError, CppCompileError) as error:
+            raise ExportError(
+                f"AOTInductor can't compile strategy {subject.strategies} ({str(error)[:500]}): check the C++ "
+                "compiler, or use 'pt2', which needs none"
+            ) from error
     return told("aoti", path, subject)
 
 

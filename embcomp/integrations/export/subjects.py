@@ -5,9 +5,10 @@ Shapes: ``B`` batch, ``N`` ids, ``T`` tables of the group, ``D`` dimension.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from embcomp.tables import EmbeddingTables
 _EXAMPLES = 5
 """Ids of an example: neither none nor one, which exporters would take for constants."""
 _POOLED = ("sum", "mean")
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class Lookup(nn.Module):
@@ -131,7 +133,13 @@ def make_subject(
         raise ExportError(f"example must be a tuple of the model's arguments, not a {type(example).__name__}")
     if dynamic_shapes is None:
         dynamic_shapes = tree_map(_first_is_dynamic, tuple(example))
-    return Subject(model.eval(), tuple(example), dynamic_shapes)
+    return Subject(twin_of(model).eval(), tuple(example), dynamic_shapes)
+
+
+def twin_of(module: _Module) -> _Module:
+    """Copy a module, but for its tensors, which both have then."""
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, tensors)
 
 
 def check_final(groups: Sequence[EmbeddingTables]) -> None:
@@ -158,7 +166,7 @@ def check_on_cpu(subject: Subject, kind: str) -> None:
 
 
 def _lookup_of(tables: EmbeddingTables, table: str | int | None, bag: str | None) -> Subject:
-    index = None if table is None else tables.index_of(table)
+    index, tables = None if table is None else tables.index_of(table), twin_of(tables)
     device = tables.get_buffer("_sizes").device
     batch = {0: torch.export.Dim("batch", min=0)}
     if bag is None:

@@ -93,13 +93,11 @@ def _chunks(
 def _write_npy(
     path: Path, chunks: Iterator[tuple[slice, NDArray, NDArray]], shape: tuple[int, int], names: Sequence[str] | None
 ) -> tuple[str, ...]:
-    if not shape[0]:  # nothing can be mapped
-        np.save(path, np.zeros(shape, dtype=np.float32))
-        return ("vector",)
-    matrix = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    for place, _, vectors in chunks:
-        matrix[place] = vectors
-    matrix.flush()
+    with path.open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for _, _, vectors in chunks:
+            file.write(np.ascontiguousarray(vectors, dtype="<f4").data)
     return ("vector",)
 
 

@@ -172,7 +172,14 @@ def test_files_that_are_none_of_ours(tmp_path):
     export_fbgemm(fitted("full", 8), path, overwrite=True)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    content = json.loads(metadata["embcomp-fbgemm"]) | {"format_version": 9}
-    save_file(load_file(path), path, metadata=metadata | {"embcomp-fbgemm": json.dumps(content)})
-    with pytest.raises(IncompatibleStateError, match="version 9"):
-        load_fbgemm(path)
+    content = json.loads(metadata["embcomp-fbgemm"])
+    state = load_file(path)
+    for changed, kept, message in (
+        ({"format_version": 9}, state, "version 9"),
+        ({"tables": [{"name": "user"}]}, state, "a table is described by name, num_embeddings"),
+        ({"unseen": 3}, state, "'unseen' must be a str"),
+        ({}, {name: state[name] for name in state if name != "item.rows"}, "lacks item.rows"),
+    ):
+        save_file(kept, path, metadata=metadata | {"embcomp-fbgemm": json.dumps(content | changed)})
+        with pytest.raises(IncompatibleStateError, match=message):
+            load_fbgemm(path)

@@ -14,7 +14,7 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.user, self.item = nn.Embedding(200, 8), nn.EmbeddingBag(50, 8, mode="mean")
-        self.out = nn.Linear(16, 1)
+        self.out = nn.Sequential(nn.Dropout(), nn.Linear(16, 1))
 
     def forward(self, user, items):
         return self.out(torch.cat([self.user(user), self.item(items)], 1)).squeeze(1)
@@ -66,10 +66,12 @@ def test_whole_models(tmp_path):
         export_pt2(handle, tmp_path / "m.pt2", example=(torch.zeros(3, dtype=torch.int64),))
     handle.finalize_()
     example = (torch.arange(6), torch.arange(18).view(6, 3))
+    model.train()
     exported = loaded(export_pt2(handle, tmp_path / "m.pt2", example=example).path)
+    assert model.training  # it is as it was
     for batch in (2, 13):
         inputs = (torch.randint(-(10**12), 10**12, (batch,)), torch.randint(50, (batch, 3)))
-        assert torch.equal(exported(*inputs), model(*inputs))
+        assert torch.equal(exported(*inputs), model.eval()(*inputs))
 
 
 @pytest.mark.slow
