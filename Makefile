@@ -18,11 +18,11 @@ pinned       = $(1)==$(shell sed -n 's/^$(1)==//p' $(CONSTRAINTS))
 ifeq ($(DEVICE),cuda)
   TORCH       ?= $(subst ==,===,$(call pinned,torch))
   TORCH_INDEX ?= https://pypi.org/simple
-  EXTRAS      := torchrec-cuda,bench,dev
+  EXTRAS      := torchrec-cuda,bench,serve,dev
 else
   TORCH       ?= $(call pinned,torch)$(if $(filter Linux,$(shell uname -s)),+cpu)
   TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-  EXTRAS      := torchrec,bench,dev
+  EXTRAS      := torchrec,bench,serve,dev
 endif
 
 PY    := $(VENV)/bin/python

@@ -63,11 +63,11 @@ def write_checkpoint(folder: Path, content: Mapping[str, Any], tensors: Mapping[
     temporary = folder / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
     try:
         safetensors.torch.save_file(dict(tensors), temporary, metadata={"format": "pt"})
-        _sync(temporary)
+        sync(temporary)
         digest, size = _digest(temporary), temporary.stat().st_size
         weights = folder / f"model-{digest[:16]}.safetensors"
         os.replace(temporary, weights)
-        _sync(folder)
+        sync(folder)
         head = {"format": FORMAT, "format_version": FORMAT_VERSION, "embcomp_version": __version__}
         named = {"weights": {"file": weights.name, "bytes": size, "sha256": digest}}
         text = json.dumps(sealed(head | named | dict(content)), indent=2, allow_nan=False)
@@ -172,7 +172,7 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Make a file, or the names in a folder, last through a power cut."""
     if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
         return  # Windows has no handle on folders
@@ -185,9 +185,9 @@ def _sync(path: Path) -> None:
 
 def _replace_text(file: Path, text: str, temporary: Path) -> None:
     temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
+    sync(temporary)
     os.replace(temporary, file)
-    _sync(file.parent)
+    sync(file.parent)
 
 
 def _write_card(file: Path, card: str, temporary: Path) -> None:

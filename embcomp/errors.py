@@ -46,6 +46,10 @@ class IncompatibleStateError(EmbcompError, RuntimeError):
     """A checkpoint is corrupt, truncated, foreign, or of another strategy or shape."""
 
 
+class ExportError(EmbcompError, ValueError):
+    """A model, or its tables, can't be exported to what was asked for, or not to that file."""
+
+
 class MissingDependencyError(EmbcompError, ImportError):
     """An optional package is needed and not there, or not in a version that works."""
 

@@ -104,10 +104,8 @@ class MixedTables(EmbeddingTables):
 
     def lookup(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
         if isinstance(table, int):
-            found = [(i, own) for i, own in enumerate(self._by_part) if any(t == table for t, _, _ in own)]
-            if len(found) == 1:
-                index, own = found[0]
-                return self.parts[index].lookup(ids, next(n for n, (t, _, _) in enumerate(own) if t == table))
+            if (whole := self.part_of(table)) is not None:
+                return whole[0].lookup(ids, whole[1])
             table = torch.full((1,) * min(ids.dim(), 1), table, device=ids.device)
         if table is None and not self._is_cut:
             return self._lookup_columns(ids)
@@ -115,6 +113,16 @@ class MixedTables(EmbeddingTables):
         if is_eager(ids):
             return self._lookup_chosen(ids - start, part, local)
         return self._lookup_masked(ids - start, part, local, by_column=table is None)
+
+    def part_of(self, table: int) -> tuple[EmbeddingTables, int] | None:
+        """The part that keeps a table, and the table's index there; None where several parts do."""
+        found = [
+            (part, number)
+            for part, own in zip(self.parts, self._by_part, strict=True)
+            for number, (owner, _, _) in enumerate(own)
+            if owner == table
+        ]
+        return found[0] if len(found) == 1 else None
 
     def stored_rows(self, ids: Tensor, table: Tensor | int | None) -> tuple[RowStore, Tensor] | None:
         if len(self.parts) > 1 or self._is_cut or not self._in_order:

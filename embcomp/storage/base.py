@@ -121,6 +121,13 @@ class RowStore(nn.Module):
         """Return the serving form: no gradients, smallest bytes, the same vectors as evaluation of this form."""
         raise NotImplementedError
 
+    def portable(self) -> RowStore:
+        """Return a serving form that reads no bytes as another dtype, for runtimes that can't; never in a checkpoint.
+
+        It has the same vectors, bit for bit, in the same bytes.
+        """
+        return self
+
     def starts(self) -> list[int]:
         """First row of each segment."""
         starts, total = [], 0

@@ -63,17 +63,18 @@ class PackedRows(RowStore):
         segments: rows in each segment.
         dim: values per row, d.
         row_format: an integer row format with a granularity other than ``auto``.
+        fused: False keeps the first layout from being used.
     """
 
     codes: Tensor
     scale: Tensor
     offset: Tensor | None
 
-    def __init__(self, segments: Sequence[int], dim: int, row_format: RowFormat) -> None:
+    def __init__(self, segments: Sequence[int], dim: int, row_format: RowFormat, fused: bool = True) -> None:
         super().__init__(segments, dim)
         self.row_format, self.bits = row_format, row_format.bits
         by_row = row_format.granularity == "row"
-        self.fused = by_row and self.bits in _KERNELS and dim * self.bits % 8 == 0
+        self.fused = fused and by_row and self.bits in _KERNELS and dim * self.bits % 8 == 0
         if self.fused:
             row_bytes = size_of_rows(1, dim, row_format)
             self.register_buffer("codes", torch.empty(self.num_rows, row_bytes, dtype=torch.uint8))
@@ -106,6 +107,14 @@ class PackedRows(RowStore):
 
     def finalize(self) -> RowStore:
         return self
+
+    def portable(self) -> RowStore:
+        if not self.fused:
+            return self
+        apart, width = PackedRows(self.segments, self.dim, self.row_format, fused=False), self.dim * self.bits // 8
+        apart.codes = self.codes[:, :width].reshape(-1)
+        apart.scale, apart.offset = (part.clone() for part in self._grids_in(self.codes))
+        return apart
 
     def store_(self, start: int, codes: Tensor, scale: Tensor | None = None, low: Tensor | None = None) -> None:
         """Write consecutive rows.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -59,6 +60,7 @@ class SparseRows(RowStore):
         super().__init__(segments, dim)
         self.row_format, self.layout = row_format, layout
         self.num_values, self.num_slots = int(num_values), int(num_slots)
+        self.by_words = False  # whether bits are read as they are stored, and never as bytes
         self._size = sparse_bytes(self.segments, dim, row_format, num_values, num_slots, layout)
         if row_format.is_integer:
             stored = torch.empty(packing.packed_bytes(1, num_values, row_format.bits), dtype=torch.uint8)
@@ -120,6 +122,10 @@ class SparseRows(RowStore):
         """Where each row's run begins, ``(...)``; each column's place in it and whether it is kept, ``(..., d)``."""
         position = rows * self.dim
         _, first = bitmap.look_up_bitmap(self.bits, self.ranks, position, position >> 6)
+        if self.by_words:
+            position = position.unsqueeze(-1) + torch.arange(self.dim, device=rows.device)
+            flags = (self.bits[position >> 6] >> (position & (bitmap.WORD - 1))) & 1
+            return first, (flags.cumsum(-1) - flags).to(torch.int32), flags.bool()
         stream = self.bits.view(torch.uint8)[: packing.packed_bytes(self.num_rows, self.dim, 1)]
         flags = packing.gather(stream, rows, self.dim, 1)
         return first, flags.cumsum(-1, dtype=torch.int32).sub_(flags), flags.bool()
@@ -242,6 +248,11 @@ class SparseRows(RowStore):
         self.scale.copy_(served.scale)
         if self.offset is not None and served.offset is not None:
             self.offset.copy_(served.offset)
+
+    def portable(self) -> RowStore:
+        twin = copy.copy(self)
+        twin.by_words = True
+        return twin
 
     def serve_bytes(self) -> list[int]:
         return share_out(self._size, self.segments)

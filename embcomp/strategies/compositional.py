@@ -287,8 +287,8 @@ class CompositionalTables(EmbeddingTables):
         self.constant("_strides", torch.tensor(steps, device="cpu"))
         tables, each = range(self.num_tables), range(self.num_parts)
         where = torch.tensor([[self._rows_in(part, table) for part in each] for table in tables], device="cpu")
-        self.constant("_segments", where[..., 0])
-        self.constant("_starts", where[..., 1])
+        self.constant("_segments", where[..., 0].contiguous())
+        self.constant("_starts", where[..., 1].contiguous())
         self.constant("_whole", torch.tensor(self.is_whole, device="cpu"))
         if self.config.shuffle:
             seeds = [hash_seed(self.config.seed, name, "shuffle") for name in self.names]

@@ -257,3 +257,17 @@ def test_a_lookup_takes_memory_for_its_batch_only(row_format):
     assert bytes_taken(lambda: served.codes.to(torch.float32)) > table
     assert bytes_taken(lambda: served(rows)) < table / 2
     assert bytes_taken(lambda: store(rows).sum().backward()) < table / 2
+
+
+@pytest.mark.parametrize("rows", ["int8:row", "int4:row", "int2:row"])
+def test_portable_rows_are_the_same_in_the_same_bytes(rows):
+    store = make_row_store(rows, [40, 7], 8)
+    store.reset_parameters([1.0, 1.0], torch.Generator().manual_seed(0))
+    store = store.finalize()
+    apart, index = store.portable(), torch.arange(47)
+    assert store.fused
+    assert not apart.fused
+    assert torch.equal(apart(index), store(index))
+    assert apart.serve_bytes() == store.serve_bytes()
+    assert sum(tensor.nbytes for tensor in apart.state_dict().values()) == sum(store.serve_bytes())
+    assert apart.portable() is apart

@@ -1,0 +1,225 @@
+"""Rows as FBGEMM's inference kernels read them: the very codes of row-quantized tables, beside float16 scales.
+
+Shapes: ``V`` ids, ``D`` dimension, ``n`` bytes of the codes of a row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from embcomp._checkpoint import get
+from embcomp.config import strategy_of
+from embcomp.errors import ExportError, IncompatibleStateError
+from embcomp.integrations.export.files import Exported, whole_file
+from embcomp.integrations.export.subjects import check_final
+from embcomp.mixed import MixedTables
+from embcomp.storage import packing
+from embcomp.storage.dense import DenseRows
+from embcomp.storage.packed import PackedRows
+from embcomp.tables import CHUNK, EmbeddingTables
+
+if TYPE_CHECKING:
+    from embcomp.integrations.export.quantized import QuantizedTables
+
+FORMAT, FORMAT_VERSION = "embcomp-fbgemm", 1
+_FLOATS = {torch.float32: "FP32", torch.float16: "FP16"}
+_BITS = (8, 4, 2)
+
+
+@dataclass(frozen=True)
+class QuantizedTable:
+    """What FBGEMM is told of a table.
+
+    Attributes:
+        name: of the table.
+        num_embeddings: V; there is one row more, for unseen ids, where the policy needs it.
+        embedding_dim: D.
+        data_type: ``"INT8"``, ``"INT4"``, ``"INT2"``, ``"FP16"`` or ``"FP32"``.
+        padding_idx: whose row is zero.
+    """
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    data_type: str
+    padding_idx: int | None
+
+
+def export_fbgemm(
+    tables: EmbeddingTables, path: str | Path, *, table: str | int | None = None, overwrite: bool = False
+) -> Exported:
+    """Write rows for FBGEMM's inference kernels and TorchRec's quantized collections; `load_fbgemm` reads them.
+
+    For tables whose vectors are stored rows: ``int8:row``, ``int4:row`` and ``int2:row`` keep their codes, float32 and
+    float16 rows their values. FBGEMM has float16 scales: ours are float16 below 8 bits, so vectors are the same bit for
+    bit; at 8 bits ours are rounded, and vectors differ by at most 2⁻⁹ of the row's largest value, or 1e-5 where that is
+    more. The file takes 4 bytes per row less than ours there. Rows of ``unseen="zero"`` tables get a zero row behind
+    them.
+
+    Args:
+        tables: finalized.
+        path: ends with ``.safetensors``: for each table ``<name>.codes`` uint8 ``(rows, n)``, the first code of a byte
+            in its low bits, and ``<name>.scale_bias`` float16 ``(rows, 2)``; or ``<name>.rows`` of floats.
+        table: the only one to export; None for all.
+        overwrite: whether a file that is there may be replaced.
+
+    Raises:
+        ExportError: if the tables are not finalized, their vectors are no stored rows of these formats, codes do not
+            fill whole bytes, scales are too large for float16, or the file can't be written.
+        InputError: if there is no such table.
+    """
+    check_final([tables])
+    chosen = range(tables.num_tables) if table is None else [tables.index_of(table)]
+    state: dict[str, Tensor] = {}
+    described = []
+    for index in chosen:
+        data_type, own = _rows_of(tables, index)
+        spec = tables.specs[index]
+        described.append(
+            QuantizedTable(spec.name, spec.num_embeddings, spec.embedding_dim, data_type, spec.padding_idx)
+        )
+        state |= {f"{spec.name}.{part}": tensor.contiguous() for part, tensor in own.items()}
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "unseen": tables.config.unseen,
+        "seed": tables.config.seed,
+        "tables": [asdict(one) for one in described],
+    }
+    with whole_file(path, ".safetensors", overwrite) as unfinished:
+        safetensors.torch.save_file(state, unfinished, metadata={"format": "pt", FORMAT: json.dumps(content)})
+    path, names = Path(path), tuple(one.name for one in described)
+    served = tables.memory().serve_bytes
+    return Exported("fbgemm", path, path.stat().st_size, served, names, (), tables.config.unseen)
+
+
+def load_fbgemm(
+    path: str | Path,
+    features: Mapping[str, Sequence[str]] | None = None,
+    *,
+    pooling: str = "sum",
+    is_weighted: bool = False,
+    device: torch.device | str = "cpu",
+) -> QuantizedTables:
+    """Make a TorchRec quantized ``EmbeddingBagCollection`` of a file that `export_fbgemm` wrote.
+
+    Args:
+        path: the file.
+        features: table name -> names of the features that look it up; None for a feature of each table's name.
+        pooling: ``"sum"`` or ``"mean"``.
+        is_weighted: whether bags have weights.
+        device: ``"cpu"``, where rows lie without a gap, or CUDA, where FBGEMM wants them at multiples of 16 bytes.
+
+    Raises:
+        IncompatibleStateError: if the file is missing, corrupt or foreign.
+        ExportError: if ``pooling`` is ``"mean"`` and a table has padding, which FBGEMM would count, or features are of
+            no table.
+        MissingDependencyError: without TorchRec.
+    """
+    from embcomp.integrations.export.quantized import QuantizedTables
+
+    path = Path(path)
+    content, state = _read(path)
+    tables = [_described(one, state, path) for one in get(content, "tables", list, path)]
+    unseen, seed = get(content, "unseen", str, path), get(content, "seed", int, path)
+    return QuantizedTables(tables, state, unseen, seed, features, pooling, is_weighted, torch.device(device))
+
+
+def _described(content: Any, state: Mapping[str, Tensor], path: Path) -> QuantizedTable:
+    names = [field.name for field in fields(QuantizedTable)]
+    if not isinstance(content, dict) or sorted(content) != sorted(names):
+        raise IncompatibleStateError(f"{path}: a table is described by {', '.join(names)}, found {content!r}")
+    table = QuantizedTable(**content)
+    parts = ("codes", "scale_bias") if table.data_type.startswith("INT") else ("rows",)
+    for part in parts:
+        if f"{table.name}.{part}" not in state:
+            raise IncompatibleStateError(f"{path} lacks {table.name}.{part}, so it is corrupt")
+    return table
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(FORMAT)
+        state = safetensors.torch.load_file(path)
+        content = json.loads(text) if text else None
+    except (OSError, SafetensorError, ValueError) as error:
+        raise IncompatibleStateError(f"{path} can't be read, so it is missing or corrupt: {error}") from error
+    if not isinstance(content, dict):
+        raise IncompatibleStateError(f"{path} is foreign: export_fbgemm did not write it")
+    version = get(content, "format_version", int, path)
+    if version != FORMAT_VERSION:
+        raise IncompatibleStateError(f"{path} has format version {version}, this embcomp reads {FORMAT_VERSION}")
+    return content, state
+
+
+def _rows_of(tables: EmbeddingTables, index: int) -> tuple[str, dict[str, Tensor]]:
+    """The data type and the tensors of a table, a row for unseen ids included where one is needed."""
+    store, rows = _stored(tables, index)
+    if isinstance(store, DenseRows) and store.weight.dtype in _FLOATS:
+        data_type, own = _FLOATS[store.weight.dtype], {"rows": store.weight.detach()[rows].cpu()}
+    elif isinstance(store, PackedRows) and store.row_format.granularity == "row" and store.bits in _BITS:
+        data_type, own = f"INT{store.bits}", _codes(store, rows, tables.names[index])
+    else:
+        raise ExportError(
+            f"table {tables.names[index]!r} has rows={_format_of(store)!r}, which FBGEMM's kernels have not: they have "
+            "'int8:row', 'int4:row', 'int2:row', 'float16' and 'float32'; or export to 'pt2'"
+        )
+    if tables.config.unseen == "zero":
+        own = {name: torch.cat([tensor, tensor.new_zeros(1, tensor.shape[1])]) for name, tensor in own.items()}
+    if (padding := tables.specs[index].padding_idx) is not None:
+        for tensor in own.values():
+            tensor[padding] = 0
+    return data_type, own
+
+
+def _stored(tables: EmbeddingTables, index: int) -> tuple[nn.Module, Tensor]:
+    """The store of a table's rows, and which they are, int64 ``(num_ids,)``."""
+    name, ids = tables.names[index], torch.arange(tables.num_ids[index], device=tables.get_buffer("_sizes").device)
+    owner: tuple[EmbeddingTables, int] | None = (tables, index)
+    while owner is not None and isinstance(owner[0], MixedTables):
+        owner = owner[0].part_of(owner[1])
+    found = None if owner is None else owner[0].stored_rows(ids, owner[1])
+    strategy = strategy_of(tables.config).name
+    if found is None:
+        raise ExportError(
+            f"strategy {strategy!r} composes the vectors of table {name!r}, and FBGEMM's kernels only read rows: use "
+            "'pt2', 'aoti' or 'onnx', or strategy 'quantize'"
+        )
+    if len(found[1].unique()) < len(ids):
+        raise ExportError(
+            f"strategy {strategy!r} shares rows between ids of table {name!r}, and FBGEMM's kernels do not hash: use "
+            "'pt2', 'aoti' or 'onnx', or strategy 'quantize'"
+        )
+    return found
+
+
+def _codes(store: PackedRows, rows: Tensor, name: str) -> dict[str, Tensor]:
+    if store.dim * store.bits % 8:
+        raise ExportError(
+            f"table {name!r}: {store.dim} values of {store.bits} bits do not fill whole bytes, as FBGEMM wants: use "
+            "'pt2', or a dimension that is a multiple of "
+            f"{8 // store.bits}"
+        )
+    codes = [packing.pack(store.codes_of(chunk), store.bits).view(len(chunk), -1).cpu() for chunk in rows.split(CHUNK)]
+    scale_bias = torch.cat(store.row_grids_of(rows), dim=1).cpu().to(torch.float16)
+    if not scale_bias.isfinite().all():
+        raise ExportError(
+            f"table {name!r} has values beyond 65504, which FBGEMM's float16 scales can't hold: use 'pt2'"
+        )
+    return {"codes": torch.cat(codes), "scale_bias": scale_bias}
+
+
+def _format_of(store: nn.Module) -> str:
+    if isinstance(store, PackedRows):
+        return str(store.row_format)
+    return str(store.weight.dtype).removeprefix("torch.") if isinstance(store, DenseRows) else type(store).__name__

@@ -1,0 +1,141 @@
+"""TorchRec's quantized collection on exported rows, behind the tables' own policy for unseen ids.
+
+FBGEMM's kernels look up row 0 for ids outside a table, and log a line. So ids are brought into range before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from embcomp.errors import ExportError, UnseenIdError, did_you_mean
+from embcomp.hashing import hash_seed, hash_to_range
+from embcomp.integrations.versions import torchrec_error
+
+if TYPE_CHECKING:
+    from embcomp.integrations.export.fbgemm import QuantizedTable
+
+try:
+    from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
+    from torchrec.quant.embedding_modules import EmbeddingBagCollection
+    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+except (ImportError, OSError) as error:
+    raise torchrec_error(error) from error
+
+_ROW_ALIGNMENT = 16
+"""Of FBGEMM's CUDA kernels; TorchRec's default everywhere, where rows of 20 bytes then take 32."""
+
+
+class QuantizedTables(nn.Module):
+    """Called like TorchRec's collections: ``KeyedJaggedTensor`` to ``KeyedTensor``, bags of ids to pooled vectors.
+
+    Args:
+        tables: what is in the collection.
+        state: the tensors of `embcomp.integrations.export.export_fbgemm`.
+        unseen: the policy for ids outside ``[0, V)``.
+        seed: of hashes of such ids.
+        features: table name -> names of its features, or None.
+        pooling: ``"sum"`` or ``"mean"``.
+        is_weighted: whether bags have weights.
+        device: of the rows.
+
+    Attributes:
+        collection: TorchRec's quantized ``EmbeddingBagCollection``, for callers whose ids are in range.
+    """
+
+    _sizes: Tensor
+    _seeds: Tensor
+
+    def __init__(
+        self,
+        tables: Sequence[QuantizedTable],
+        state: Mapping[str, Tensor],
+        unseen: str,
+        seed: int,
+        features: Mapping[str, Sequence[str]] | None,
+        pooling: str,
+        is_weighted: bool,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.unseen, self.names = unseen, [table.name for table in tables]
+        _check(tables, features, pooling)
+        named = {name: list((features or {}).get(name, [name])) for name in self.names}
+        self._owner = {feature: index for index, own in enumerate(named.values()) for feature in own}
+        self.collection = EmbeddingBagCollection(
+            [_config(table, named[table.name], unseen, pooling) for table in tables],
+            is_weighted,
+            device,
+            table_name_to_quantized_weights={table.name: _weights(table.name, state) for table in tables},
+            row_alignment=1 if device.type == "cpu" else _ROW_ALIGNMENT,
+        )
+        sizes = torch.tensor([table.num_embeddings for table in tables], device=device)
+        seeds = torch.tensor([hash_seed(seed, name, "unseen") for name in self.names], device=device)
+        self.register_buffer("_sizes", sizes, persistent=False)
+        self.register_buffer("_seeds", seeds, persistent=False)
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Look up and pool.
+
+        Raises:
+            UnseenIdError: if ``unseen="error"`` and an id is outside its table.
+        """
+        keys = [key for key in features.keys() if key in self._owner]  # noqa: SIM118
+        chosen = features if keys == list(features.keys()) else features.permute([*map(features.keys().index, keys)])
+        lengths = torch.tensor(chosen.length_per_key(), device=self._sizes.device)
+        owner = torch.tensor([self._owner[key] for key in keys], device=lengths.device).repeat_interleave(lengths)
+        values = self._in_range(chosen.values().long(), owner)
+        mapped = KeyedJaggedTensor(keys, values, weights=chosen.weights_or_none(), lengths=chosen.lengths())
+        found: KeyedTensor = self.collection(mapped)
+        return found
+
+    def _in_range(self, ids: Tensor, owner: Tensor) -> Tensor:
+        """Ids ``(N,)`` of tables ``(N,)``, those that are unseen brought to where their vectors are."""
+        sizes = self._sizes[owner]
+        unseen = (ids < 0) | (ids >= sizes)
+        if self.unseen == "hash":
+            return torch.where(unseen, hash_to_range(ids, self._seeds[owner], sizes), ids)
+        if self.unseen != "error":
+            return torch.where(unseen, sizes, ids)  # the row behind the table's
+        if unseen.any():
+            place = int(unseen.nonzero()[0])
+            raise UnseenIdError(
+                f"id {int(ids[place])} is outside table {self.names[int(owner[place])]!r}, which has ids in "
+                f"[0, {int(sizes[place])}); fix the ids, or set unseen='zero', 'oov_row' or 'hash' in the config"
+            )
+        return ids
+
+
+def _check(tables: Sequence[QuantizedTable], features: Mapping[str, Sequence[str]] | None, pooling: str) -> None:
+    names = [table.name for table in tables]
+    for name in features or {}:
+        if name not in names:
+            raise ExportError(f"features: no table {name!r}; {did_you_mean(name, names)}")
+    if pooling not in ("sum", "mean"):
+        raise ExportError(f"pooling={pooling!r}; {did_you_mean(pooling, ('sum', 'mean'))}")
+    padded = [table.name for table in tables if table.padding_idx is not None]
+    if pooling == "mean" and padded:
+        raise ExportError(
+            f"pooling='mean': FBGEMM would count the padding of table {padded[0]!r}; use 'sum', and divide by lengths"
+        )
+
+
+def _config(table: QuantizedTable, features: list[str], unseen: str, pooling: str) -> EmbeddingBagConfig:
+    return EmbeddingBagConfig(
+        name=table.name,
+        embedding_dim=table.embedding_dim,
+        num_embeddings=table.num_embeddings + (unseen in ("zero", "oov_row")),
+        feature_names=features,
+        data_type=DataType[table.data_type],
+        pooling=PoolingType[pooling.upper()],
+    )
+
+
+def _weights(name: str, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Bytes of rows, and of their scales and biases, as FBGEMM takes them."""
+    if (rows := state.get(f"{name}.rows")) is not None:
+        return rows.view(torch.uint8), None
+    return state[f"{name}.codes"], state[f"{name}.scale_bias"].view(torch.uint8)

@@ -1,0 +1,185 @@
+"""Rows for FBGEMM, and TorchRec's quantized collection on them."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import embcomp
+from embcomp.errors import ExportError, IncompatibleStateError, UnseenIdError
+from embcomp.integrations.export import export_fbgemm, load_fbgemm
+from embcomp.testing._cases import UNSEEN_IDS, build, every_id, make_specs, make_weights
+
+pytestmark = pytest.mark.torchrec
+jagged_tensor = pytest.importorskip("torchrec.sparse.jagged_tensor")
+
+FORMATS = ("int8:row", "int4:row", "int2:row", "float16", "float32")
+
+
+def kjt(keys, bags, weights=None):
+    """Keys and, for each, bags of ids."""
+    ids = [identity for own in bags for bag in own for identity in bag]
+    lengths = [len(bag) for own in bags for bag in own]
+    return jagged_tensor.KeyedJaggedTensor(
+        list(keys), torch.tensor(ids, dtype=torch.int64), weights=weights, lengths=torch.tensor(lengths)
+    )
+
+
+def columns(tables, ids):
+    return kjt(tables.names, [[[value] for value in column] for column in ids.t().tolist()])
+
+
+def fitted(config, dim, scale=1.0, **options):
+    tables = build(config, dim=dim, **options)
+    weights = {name: weight * scale for name, weight in make_weights(make_specs(dim)).items()}
+    return tables.load_dense_(weights).finalize()
+
+
+def require_close(got, wanted, rows, scale=1.0):
+    """Exact but for int8, whose scales FBGEMM has in float16: 2⁻⁹ of the row's largest value."""
+    if rows != "int8:row":
+        assert torch.equal(got, wanted)
+        return
+    allowed = (2**-9 * wanted.abs().amax(-1, keepdim=True)).clamp_min(1e-5)
+    assert ((got - wanted).abs() <= allowed).all()
+    assert not torch.equal(got, wanted) or scale == 0
+
+
+@pytest.mark.parametrize("dim", [4, 8, 12, 16, 20])
+@pytest.mark.parametrize("rows", FORMATS)
+def test_vectors(rows, dim, tmp_path):
+    tables = fitted(embcomp.FullConfig(rows=rows), dim)
+    collection = load_fbgemm(export_fbgemm(tables, tmp_path / "t.safetensors").path)
+    ids = every_id(tables)
+    got = collection(columns(tables, ids)).values().view(len(ids), tables.num_tables, dim)
+    require_close(got, tables(ids), rows)
+
+
+@pytest.mark.parametrize(("rows", "dim"), [("int8:row", 1), ("int8:row", 3), ("int4:row", 2), ("int4:row", 6)])
+def test_small_and_odd_dimensions(rows, dim, tmp_path):
+    specs = [embcomp.TableSpec("item", 40, dim)]
+    tables = embcomp.build_tables(specs, embcomp.FullConfig(rows=rows)).finalize_()
+    collection = load_fbgemm(export_fbgemm(tables, tmp_path / "t.safetensors").path)
+    got = collection(kjt(["item"], [[[identity] for identity in range(40)]])).values()
+    require_close(got, tables.materialize("item"), rows)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 1e3])
+def test_tolerance_at_other_sizes_of_values(scale, tmp_path):
+    tables = fitted(embcomp.FullConfig(rows="int8:row"), 16, scale)
+    collection = load_fbgemm(export_fbgemm(tables, tmp_path / "t.safetensors").path)
+    ids = every_id(tables)
+    got = collection(columns(tables, ids)).values().view(len(ids), tables.num_tables, 16)
+    require_close(got, tables(ids), "int8:row")
+
+
+@pytest.mark.parametrize("unseen", ["zero", "oov_row", "hash"])
+@pytest.mark.parametrize("rows", FORMATS)
+def test_unseen_ids_follow_the_policy(rows, unseen, tmp_path):
+    tables = fitted(embcomp.FullConfig(rows=rows), 8, unseen=unseen)
+    collection = load_fbgemm(export_fbgemm(tables, tmp_path / "t.safetensors").path)
+    ids = torch.tensor(UNSEEN_IDS)[:, None].expand(-1, tables.num_tables)
+    got = collection(columns(tables, ids)).values().view(len(ids), tables.num_tables, 8)
+    require_close(got, tables(ids), rows, scale=0 if unseen == "zero" else 1)
+
+
+def test_unseen_ids_raise(tmp_path):
+    """FBGEMM alone would look row 0 up."""
+    tables = fitted("full", 8)
+    collection = load_fbgemm(export_fbgemm(tables, tmp_path / "t.safetensors").path)
+    with pytest.raises(UnseenIdError, match="id 50 is outside table 'item'"):
+        collection(kjt(["user", "flag", "item", "genre"], [[[299]], [[1]], [[50]], [[0]]]))
+
+
+def test_quantized_tables_with_small_ones_left_whole(tmp_path):
+    """Tables kept in several ways lie in several stores."""
+    config = embcomp.QuantizeConfig(bits=8, granularity="row", unseen="oov_row")
+    specs = [embcomp.TableSpec("user", 300, 8), embcomp.TableSpec("flag", 1, 8)]
+    tables = embcomp.build_tables(specs, config).finalize_()
+    told = export_fbgemm(tables, tmp_path / "t.safetensors")
+    collection = load_fbgemm(told.path)
+    got = collection(columns(tables, torch.tensor([[7, 0], [10**12, -3]]))).values().view(2, 2, 8)
+    require_close(got, tables(torch.tensor([[7, 0], [10**12, -3]])), "int8:row")
+
+
+def test_bags_features_and_weights(tmp_path):
+    tables = fitted(embcomp.FullConfig(rows="int4:row"), 8, unseen="zero")
+    path = export_fbgemm(tables, tmp_path / "t.safetensors", table="item").path
+    features = kjt(["b", "other", "a"], [[[3, 0, 999], []], [[-1], [2**50]], [[4], [4, 5]]])
+    collection = load_fbgemm(path, {"item": ["a", "b"]})
+    found = collection(features)
+    bags = {"a": [[4], [4, 5]], "b": [[3, 0, 999], []]}
+    for key, own in bags.items():
+        flat = torch.tensor([identity for bag in own for identity in bag])
+        offsets = torch.tensor([0, len(own[0])])
+        torch.testing.assert_close(found[key], tables.bag(flat, offsets, "item"), rtol=0, atol=1e-5)
+    weights = torch.tensor([0.5, 2.0, 1.0])
+    weighted = load_fbgemm(path, is_weighted=True)(kjt(["item"], [[[3, 4], [5]]], weights))
+    wanted = tables.bag(torch.tensor([3, 4, 5]), torch.tensor([0, 2]), "item", weights)
+    torch.testing.assert_close(weighted.values(), wanted, rtol=0, atol=1e-5)
+    with pytest.raises(ExportError, match="would count the padding of table 'item'"):
+        load_fbgemm(path, pooling="mean")
+    with pytest.raises(ExportError, match="no table 'itme'; did you mean 'item'"):
+        load_fbgemm(path, {"itme": ["a"]})
+
+
+def test_bytes_of_rows(tmp_path):
+    """Rows lie without a gap: TorchRec's own alignment makes 32 bytes of the 20 of 16 int8 values."""
+    for rows, row_bytes in (("int8:row", 20), ("int4:row", 12), ("int2:row", 8)):
+        tables = embcomp.build_tables([embcomp.TableSpec("item", 1000, 16)], embcomp.FullConfig(rows=rows)).finalize_()
+        path = tmp_path / f"{row_bytes}.safetensors"
+        told = export_fbgemm(tables, path)
+        with safe_open(path, "pt") as file:
+            stored = sum(file.get_tensor(name).nbytes for name in ("item.codes", "item.scale_bias"))
+        assert stored == 1000 * row_bytes
+        assert stored < told.file_bytes < stored + 1000
+        (kernel,) = load_fbgemm(path).collection._emb_modules
+        assert kernel.weights_host.numel() == -(-1000 * row_bytes // 128) * 128  # tables begin at cache lines
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (embcomp.FullConfig(rows="int8:column"), "rows='int8:column'"),
+        (embcomp.FullConfig(rows="int3:row"), "rows='int3:row'"),
+        (embcomp.FullConfig(rows="bfloat16"), "rows='bfloat16'"),
+        (embcomp.FullConfig(rows="int2:row"), "do not fill whole bytes"),
+        (embcomp.HashConfig(), "'hash' shares rows between ids"),
+        (embcomp.make_config("low_rank"), "'low_rank' composes the vectors"),
+    ],
+)
+def test_other_formats_are_refused_by_name(config, message, tmp_path):
+    with pytest.raises(ExportError, match=message):
+        export_fbgemm(build(config, dim=6).finalize(), tmp_path / "t.safetensors")
+    assert not any(tmp_path.iterdir())
+
+
+def test_values_too_large_for_float16_are_refused(tmp_path):
+    tables = fitted(embcomp.FullConfig(rows="int8:row"), 8, 1e6)
+    with pytest.raises(ExportError, match="beyond 65504"):
+        export_fbgemm(tables, tmp_path / "t.safetensors")
+
+
+def test_files_that_are_none_of_ours(tmp_path):
+    path = tmp_path / "t.safetensors"
+    with pytest.raises(IncompatibleStateError, match="missing or corrupt"):
+        load_fbgemm(path)
+    save_file({"a": torch.zeros(3)}, path)
+    with pytest.raises(IncompatibleStateError, match="is foreign"):
+        load_fbgemm(path)
+    export_fbgemm(fitted("full", 8), path, overwrite=True)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    content = json.loads(metadata["embcomp-fbgemm"])
+    state = load_file(path)
+    for changed, kept, message in (
+        ({"format_version": 9}, state, "version 9"),
+        ({"tables": [{"name": "user"}]}, state, "a table is described by name, num_embeddings"),
+        ({"unseen": 3}, state, "'unseen' must be a str"),
+        ({}, {name: state[name] for name in state if name != "item.rows"}, "lacks item.rows"),
+    ):
+        save_file(kept, path, metadata=metadata | {"embcomp-fbgemm": json.dumps(content | changed)})
+        with pytest.raises(IncompatibleStateError, match=message):
+            load_fbgemm(path)
