@@ -6,7 +6,7 @@ from embcomp.training.reassigned import reset_rows_, resetting_rows
 from embcomp.training.rowwise_adagrad import RowwiseAdagrad
 from embcomp.training.run import Phases
 from embcomp.training.search import Candidate, Search
-from embcomp.training.searching import SearchLoop, SearchResult
+from embcomp.training.searching import SearchLoop, SearchResult, search_files
 
 __all__ = [
     "Candidate",
@@ -19,4 +19,5 @@ __all__ = [
     "SearchResult",
     "reset_rows_",
     "resetting_rows",
+    "search_files",
 ]

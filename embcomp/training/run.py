@@ -235,8 +235,8 @@ class Phases:
         at_once: int = 8,
         num_finalists: int = 5,
         checkpoint: str | Path | None = None,
-        keep_checkpoint: bool = False,
         report: Report | None = None,
+        keep_checkpoint: bool = False,
     ) -> SearchResult:
         """Run the search of this phase, and adopt what it finds; several groups are searched one after the other.
 
@@ -253,10 +253,10 @@ class Phases:
             num_finalists: candidates that are compared by ``evaluate``, once ``evaluate_many`` has found them.
             checkpoint: JSON file that every round is saved to, whole, and that a later call goes on from; its folder is
                 created. Searches of more groups have files beside it, `embcomp.training.search_files`.
-            keep_checkpoint: leave these files when the search is over, for a loop that saves the model next and deletes
-                them then: killed in between, it goes on from what was found. False deletes them.
             report: called after every round with rounds done, rounds at most, and the value and the serve bytes (None
                 where tables don't know) of the form that would be chosen now.
+            keep_checkpoint: leave the checkpoint's files when the search is over, for a loop that saves the model next
+                and deletes them then: killed in between, it goes on from what was found. False deletes them.
 
         Returns:
             What the search came to; of several groups, the last one's, whose value is that of all together.

@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from embcomp.errors import ConfigError, IncompatibleStateError
 from embcomp.memory import format_bytes
-from embcomp.training import Phase, Phases
-from embcomp.training.searching import search_files
+from embcomp.training import Phase, Phases, search_files
 from recsys_models.data import ClickLog, SessionLog
 from recsys_models.training import checkpoint
 from recsys_models.training.clicks import ClickTask
