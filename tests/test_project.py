@@ -19,6 +19,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 # What `import embcomp` may not need: each is heavy, optional, or fails to import on a machine it was not built for.
 HEAVY = ["torchrec", "fbgemm_gpu", "tensordict", "pandas", "pyarrow", "hydra", "omegaconf", "sklearn", "plotly"]
+HEAVY += ["onnx", "onnxruntime", "onnxscript"]
 
 
 def pins() -> dict[str, str]:

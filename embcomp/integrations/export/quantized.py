@@ -69,7 +69,7 @@ class QuantizedTables(nn.Module):
             [_config(table, named[table.name], unseen, pooling) for table in tables],
             is_weighted,
             device,
-            table_name_to_quantized_weights={table.name: _weights(table.name, state) for table in tables},
+            table_name_to_quantized_weights={_inner_name(table.name): _weights(table.name, state) for table in tables},
             row_alignment=1 if device.type == "cpu" else _ROW_ALIGNMENT,
         )
         sizes = torch.tensor([table.num_embeddings for table in tables], device=device)
@@ -125,13 +125,18 @@ def _check(tables: Sequence[QuantizedTable], features: Mapping[str, Sequence[str
 
 def _config(table: QuantizedTable, features: list[str], unseen: str, pooling: str) -> EmbeddingBagConfig:
     return EmbeddingBagConfig(
-        name=table.name,
+        name=_inner_name(table.name),
         embedding_dim=table.embedding_dim,
         num_embeddings=table.num_embeddings + (unseen in ("zero", "oov_row")),
         feature_names=features,
         data_type=DataType[table.data_type],
         pooling=PoolingType[pooling.upper()],
     )
+
+
+def _inner_name(name: str) -> str:
+    """What the collection calls a table; its tables are modules, in whose names there can be no dots."""
+    return name.replace(".", "/")
 
 
 def _weights(name: str, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:

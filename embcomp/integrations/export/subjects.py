@@ -119,6 +119,8 @@ def make_subject(
         NoMatchingTableError: if the model has no compressed tables.
     """
     model = model.model if isinstance(model, Compression) else model
+    if not isinstance(model, nn.Module):
+        raise ExportError(f"only tables, models and what compress_ returned are exported, not a {type(model).__name__}")
     check_final(groups_of(model))
     if isinstance(model, EmbeddingTables) and example is None:
         return _lookup_of(model, table, bag)

@@ -60,6 +60,8 @@ def dump_vectors(
         raise ExportError(f"{path}: vectors are written to .npy or .parquet, not {path.suffix!r}")
     if names is not None and (path.suffix == ".npy" or len(names) != number):
         raise ExportError(f"names: {len(names)} of them for {number} vectors; a .parquet file has a name for each")
+    if not all(isinstance(name, str) for name in names or ()):
+        raise ExportError("names must be strings: convert others yourself, as numbers have no one spelling")
     chunks = _chunks(tables, index, number, ids, progress)
     with whole_file(path, path.suffix, overwrite) as unfinished, torch.no_grad():
         columns = writer(unfinished, chunks, (number, tables.embedding_dim), names)

@@ -125,6 +125,14 @@ def test_bags_features_and_weights(tmp_path):
         load_fbgemm(path, {"itme": ["a"]})
 
 
+def test_tables_of_models_have_dots_in_their_names(tmp_path):
+    """TorchRec's tables are modules, whose names can't have any."""
+    tables = embcomp.build_tables([embcomp.TableSpec("tables.item ü", 9, 4)], "full").finalize_()
+    collection = load_fbgemm(export_fbgemm(tables, tmp_path / "t.safetensors").path)
+    found = collection(kjt(["tables.item ü"], [[[2], [5]]]))
+    assert torch.equal(found["tables.item ü"], tables(torch.tensor([2, 5])))
+
+
 def test_bytes_of_rows(tmp_path):
     """Rows lie without a gap: TorchRec's own alignment makes 32 bytes of the 20 of 16 int8 values."""
     for rows, row_bytes in (("int8:row", 20), ("int4:row", 12), ("int2:row", 8)):

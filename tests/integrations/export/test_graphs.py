@@ -132,6 +132,11 @@ def test_wrong_arguments(options, message, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_what_is_no_model(tmp_path):
+    with pytest.raises(ExportError, match="not a str"):
+        export_pt2("saved", tmp_path / "m.pt2")
+
+
 def test_a_model_needs_an_example(tmp_path):
     handle = embcomp.compress_(Model(), "hash", "50%", verbose=False)
     handle.finalize_()

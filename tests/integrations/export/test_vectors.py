@@ -70,6 +70,7 @@ def test_no_more_than_a_chunk_is_composed_at_once(tables, tmp_path, suffix):
         ("v.csv", {}, "written to .npy or .parquet"),
         ("v.npy", {"names": ["a"]}, "a .parquet file has a name for each"),
         ("v.parquet", {"names": ["a"]}, "1 of them for 300 vectors"),
+        ("v.parquet", {"names": [1] * 300}, "must be strings"),
         ("v.npy", {"ids": [1, 2]}, "not list"),
         ("v.npy", {"ids": torch.zeros(2)}, "float32"),
         ("v.npy", {"ids": torch.zeros(2, 2, dtype=torch.int64)}, r"\(2, 2\)"),
