@@ -92,9 +92,9 @@ def test_aoti_has_the_same_vectors(name, rows, unseen, tmp_path):
             lookup(mixed_ids(tables))
 
 
-def test_aoti_without_a_compiler(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(ExportError, match=r"needs a C.. compiler and found none"):
+def test_aoti_without_a_compiler(tmp_path):
+    without = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with without, pytest.raises(ExportError, match=r"needs a C.. compiler and found none"):
         export_aoti(build("hash").finalize(), tmp_path / "t.pt2")
     assert not any(tmp_path.iterdir())
 
