@@ -166,12 +166,10 @@ class MixedTables(EmbeddingTables):
             part.take_table_(number, other, own, ids - spec.num_embeddings)
 
     def _home(self, table: int) -> tuple[EmbeddingTables, int]:
-        """The part that keeps a table whole, and the table's number there."""
-        for part, own in zip(self.parts, self._by_part, strict=True):
-            for number, (owner, start, stop) in enumerate(own):
-                if owner == table and (start, stop) == (0, self.num_ids[table]):
-                    return part, number
-        raise self.no_growth(f"cuts {self.names[table]!r} into pieces")
+        """As `part_of`, for tables that grow."""
+        if (whole := self.part_of(table)) is None:
+            raise self.no_growth(f"cuts {self.names[table]!r} into pieces")
+        return whole
 
     def _build(self, own: Sequence[Piece]) -> EmbeddingTables:
         specs = []
