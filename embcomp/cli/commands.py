@@ -9,7 +9,8 @@ from typing import Any
 from embcomp._checkpoint import CONFIG, get, read_checkpoint
 from embcomp._restore import saved_groups
 from embcomp.budget import Plan
-from embcomp.cli.sources import matrices, read_specs
+from embcomp.cli.sources import read_specs
+from embcomp.cli.weights import matrices
 from embcomp.config import config_to_dict, get_strategy, list_strategies, make_config
 from embcomp.errors import BudgetError, SpecError
 from embcomp.facts import can_be_sharded, row_formats, rows_read

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ from torch import nn
 
 from embcomp.budget import Budget
 from embcomp.cli import weights
+from embcomp.cli.progress import progress_bar
 from embcomp.config import config_to_dict, make_config
 from embcomp.errors import ConfigError, InputError
 from embcomp.io import save_pretrained
@@ -67,7 +64,7 @@ def compress(given: argparse.Namespace) -> Found:
         raise InputError(f"{given.output} is a file: -o takes a folder, which may be a checkpoint that is replaced")
     if given.output.resolve() == given.weights.resolve().parent:
         raise InputError(f"{given.weights} lies in {given.output}, where checkpoints are replaced: give another folder")
-    with _progress() as watch:
+    with progress_bar("reading", unit="B", unit_scale=True, unit_divisor=1024) as watch:
         read = weights.read_weights(given.weights, given.table, watch)
         specs = [TableSpec(name, *rows.shape) for name, rows in read.tables.items()]
         counts = {} if given.counts is None else weights.read_counts(given.counts, [spec.name for spec in specs])
@@ -127,17 +124,3 @@ def _option(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int], None]]:
-    """Show how many bytes were read, on a terminal, where tqdm is installed; tables are read several times over."""
-    try:
-        bars = importlib.import_module("tqdm")
-    except ImportError:
-        bars = None
-    if bars is None or not sys.stderr.isatty():
-        yield lambda size: None
-        return
-    with bars.tqdm(desc="reading", unit="B", unit_scale=True, unit_divisor=1024) as bar:
-        yield bar.update

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from embcomp import __version__
-from embcomp.cli import commands, compress, exporting, sources
+from embcomp.cli import commands, compress, export, sources
 from embcomp.config import get_strategy
 from embcomp.errors import EmbcompError
 
@@ -55,8 +55,7 @@ def _strategies(given: argparse.Namespace) -> _Answer:
 
 
 def _export(given: argparse.Namespace) -> _Answer:
-    found = exporting.export(given.path, given.to, given.output, given.table, given.bag, given.overwrite)
-    return found, exporting.export_text
+    return export.export(given), export.export_text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,26 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     strategies = parts.add_parser("strategies", help="what every strategy can do")
     strategies.set_defaults(run=_strategies)
 
-    export = parts.add_parser(
-        "export",
-        help="a checkpoint as a file that other runtimes serve",
-        description="Export the tables of a checkpoint; a training form is finalized before, in memory. Lookups (pt2, "
-        "aoti, onnx) take ids (B, T), a column per table, or (N,) of one table with --table.",
-    )
-    export.add_argument("path", type=Path, metavar="PATH", help="folder that save_pretrained has written")
-    export.add_argument(
-        "--to",
-        required=True,
-        choices=exporting.KINDS,
-        help="pt2: torch.export; aoti: compiled for this kind of CPU, takes a C++ compiler; onnx: for ONNX Runtime; "
-        "fbgemm: rows for TorchRec's quantized collections; npy, parquet: all vectors of a table",
-    )
-    export.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="the file")
-    export.add_argument("--table", metavar="NAME", help="one table; default: all of the only group")
-    export.add_argument("--bag", choices=("sum", "mean"), help="lookups of bags of one table, with offsets")
-    export.add_argument("--overwrite", action="store_true", help="replace a file that is there")
-    export.set_defaults(run=_export)
+    exported = parts.add_parser("export", help="a checkpoint as a file that other runtimes serve")
+    export.add_arguments(exported)
+    exported.set_defaults(run=_export)
 
-    for part in (plan, smaller, inspect, strategies, export):
+    for part in (plan, smaller, inspect, strategies, exported):
         part.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
     return parser

@@ -7,14 +7,10 @@ import importlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-
 from embcomp._checkpoint import CONFIG, read_config
+from embcomp.cli.weights import SUFFIXES, matrices
 from embcomp.errors import EmbcompError, MissingDependencyError, SpecError
 from embcomp.specs import TableSpec
 
@@ -51,33 +47,11 @@ def read_specs(path: Path, dim: int | None = None) -> list[TableSpec]:
         specs = reader(path, dim)
     except EmbcompError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UnpicklingError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SpecError(f"{path} can't be read: {error}; tables come from {HELP}") from error
     if not specs:
         raise SpecError(f"{path} describes no table; tables come from {HELP}")
     return specs
-
-
-def matrices(path: Path) -> dict[str, tuple[int, int]]:
-    """Shapes of the float matrices in a file of weights: name -> ``(V, D)``; nothing else of it is read into memory.
-
-    Raises:
-        SpecError: if the file has none.
-    """
-    if path.suffix == ".npy":
-        found = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False).shape}
-    elif path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    else:
-        state = torch.load(path, map_location="meta", weights_only=True)
-        if not isinstance(state, Mapping):
-            raise SpecError(f"{path} holds a {type(state).__name__}, not a state dict: name -> tensor")
-        found = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
-    shapes = {name: shape for name, shape in found.items() if len(shape) == 2}
-    if not shapes:
-        raise SpecError(f"{path} has no matrix (V, D); it has {', '.join(found) or 'nothing'}")
-    return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
 
 
 def _of_weights(path: Path, dim: int | None) -> list[TableSpec]:
@@ -153,8 +127,5 @@ _READERS: dict[str, Callable[[Path, int | None], list[TableSpec]]] = {
     ".yml": _of_yaml,
     ".csv": _of_columns,
     ".tsv": _of_columns,
-    ".safetensors": _of_weights,
-    ".npy": _of_weights,
-    ".pt": _of_weights,
-    ".pth": _of_weights,
+    **dict.fromkeys(SUFFIXES, _of_weights),
 }

@@ -55,17 +55,7 @@ def read_weights(path: Path, patterns: list[str], watch: _Watch = lambda size: N
     Raises:
         SpecError: if the file can't be read, or it is not clear which of its tensors are tables.
     """
-    if not path.is_file():
-        raise SpecError(f"{path} is no file; trained tables come from {HELP}")
-    opener = _OPENERS.get(path.suffix.lower())
-    if opener is None:
-        raise SpecError(f"{path}: files that end with {path.suffix!r} are not known; trained tables come from {HELP}")
-    try:
-        found = opener(path)
-    except SpecError:
-        raise
-    except _UNREADABLE as error:
-        raise SpecError(f"{path} can't be read: {error}; trained tables come from {HELP}") from error
+    found = _open(path)
     left_out = {name: problem for name, own in found.items() if (problem := own.problem())}
     chosen = _chosen(path, found, left_out, patterns)
     left_out |= {name: "not chosen" for name in found if name not in chosen and name not in left_out}
@@ -73,6 +63,19 @@ def read_weights(path: Path, patterns: list[str], watch: _Watch = lambda size: N
     if len(tables) < len(chosen):
         raise SpecError(f"{path}: of {', '.join(chosen)} two are one table's, named with and without '.weight'")
     return Weights(tables, left_out)
+
+
+def matrices(path: Path) -> dict[str, tuple[int, int]]:
+    """Shapes of the float matrices in a file: name -> ``(V, D)``; nothing else of it is read.
+
+    Raises:
+        SpecError: if the file can't be read, or has none.
+    """
+    found = _open(path)
+    shapes = {name: own.source.shape for name, own in found.items() if own.problem() is None}
+    if not shapes:
+        raise SpecError(f"{path} has no float matrix (V, D); it has {', '.join(found) or 'nothing'}")
+    return shapes
 
 
 def read_counts(path: Path, names: list[str]) -> dict[str, Tensor]:
@@ -113,6 +116,21 @@ class _Found:
     @property
     def source(self) -> RowSource:
         return RowSource(self.read, self.shape[0], self.shape[1])
+
+
+def _open(path: Path) -> dict[str, _Found]:
+    """The tensors of a file, by name."""
+    if not path.is_file():
+        raise SpecError(f"{path} is no file; trained tables come from {HELP}")
+    opener = _OPENERS.get(path.suffix.lower())
+    if opener is None:
+        raise SpecError(f"{path}: files that end with {path.suffix!r} are not known; trained tables come from {HELP}")
+    try:
+        return opener(path)
+    except SpecError:
+        raise
+    except _UNREADABLE as error:
+        raise SpecError(f"{path} can't be read: {error}; trained tables come from {HELP}") from error
 
 
 def _chosen(path: Path, found: Mapping[str, _Found], left_out: Mapping[str, str], patterns: list[str]) -> list[str]:
@@ -184,3 +202,5 @@ _OPENERS: dict[str, Callable[[Path], dict[str, _Found]]] = {
     ".pth": _open_torch,
     ".bin": _open_torch,
 }
+
+SUFFIXES = tuple(_OPENERS)

@@ -16,8 +16,8 @@ from embcomp.integrations.export.files import Exported, whole_file
 from embcomp.integrations.export.subjects import check_final
 from embcomp.tables import CHUNK, EmbeddingTables
 
-Progress = Callable[[int, int], None]
-"""Is told how many vectors are written, and of how many."""
+Progress = Callable[[int], None]
+"""Is told how many more vectors are written."""
 
 
 def dump_vectors(
@@ -89,7 +89,7 @@ def _chunks(
         vectors = tables(chunk.to(device), index).cpu().numpy()
         yield place, chunk.numpy(), vectors
         if progress is not None:
-            progress(place.stop, number)
+            progress(place.stop - place.start)
 
 
 def _write_npy(

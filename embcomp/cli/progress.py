@@ -1,0 +1,28 @@
+"""A progress bar on a terminal, where tqdm is installed; nothing elsewhere."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def progress_bar(doing: str, **options: Any) -> Iterator[Callable[[int], None]]:
+    """Show progress while inside; what is yielded is told how much more is done.
+
+    Args:
+        doing: in front of the bar.
+        options: of tqdm, such as ``total`` and ``unit``.
+    """
+    try:
+        bars = importlib.import_module("tqdm")
+    except ImportError:
+        bars = None
+    if bars is None or not sys.stderr.isatty():
+        yield lambda more: None
+        return
+    with bars.tqdm(desc=doing, **options) as bar:
+        yield bar.update
