@@ -7,38 +7,31 @@ dimension, ``...`` any leading dimensions.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from embcomp.bags import are_single, bag_bounds, check_pooling, pool_vectors
-from embcomp.config import StrategyConfig, strategy_of
+from embcomp.config import StrategyConfig
 from embcomp.errors import ConfigError, IncompatibleStateError, InputError, SpecError, UnseenIdError, did_you_mean
 from embcomp.hashing import check_range, hash_seed, hash_to_range
+from embcomp.hooks import TableHooks
 from embcomp.memory import SHARED, MemoryPart, MemoryReport, format_bytes
-from embcomp.phases import PLAIN, Phase
+from embcomp.phases import PLAIN
 from embcomp.range_scores import RangeScores, assemble, check_queries
 from embcomp.row_source import RowSource, weighted_mean
 from embcomp.specs import Knowledge, TableSpec, as_int, check_group
 from embcomp.storage import Ids, RowStore
 from embcomp.stretches import Stretch
 
-if TYPE_CHECKING:
-    from embcomp.budget import Budget
-    from embcomp.training.search import Candidate, FrontPoint, Search
-
-Predict = Callable[[], Tensor]
-Loss = Callable[[Tensor], Tensor]
-TrainingStep = Callable[[Predict, Loss], Tensor]
-
 CHUNK = 65536
 """Ids that are composed at once where a whole vocabulary is asked for."""
 
 
-class EmbeddingTables(nn.Module):
+class EmbeddingTables(TableHooks):
     """A group of logical tables that share an output dimension D: the base of every strategy.
 
     A subclass writes `lookup` (ids to vectors), `fit` (trained tables to its own form), `size_range` and `resize` (what
@@ -185,158 +178,6 @@ class EmbeddingTables(nn.Module):
         """The strategy's own loss term, a float32 scalar to add to the training loss."""
         return torch.zeros((), device=self._sizes.device)
 
-    # ---- what strategies with more to train than weights write ------------------------------------------------------
-
-    def phases(self) -> tuple[Phase, ...]:
-        """The stages that training goes through; `embcomp.training.Phases` runs them in any loop."""
-        return PLAIN
-
-    def enter_phase_(self, phase: Phase) -> None:
-        """Get ready for a phase. A run that is resumed within it enters first, and loads its state then."""
-
-    def leave_phase_(self, phase: Phase) -> None:
-        """Settle what a phase decides, such as which rows are kept."""
-
-    def architecture(self) -> list[dict[str, Any]]:
-        """Parameters that choose the tables' form, as groups of SGD: ``params`` and ``lr``."""
-        return []
-
-    def training_loss(self, phase: Phase, step: TrainingStep, predict: Predict, loss: Loss) -> Tensor:
-        """The loss of a training step, for strategies that make more of it than passes; the `penalty` is added later.
-
-        Where several groups write this, each gets the step of those before it, so none replaces another.
-
-        Args:
-            phase: the one that is trained. Of a bilevel one, steps on validation batches come here too, when only
-                architecture parameters have gradients.
-            step: ``(predict, loss) -> scalar``, the step as it would be without these tables. To be called once or more
-                often, with ``predict`` and ``loss`` or others made of them, and never left out. Batch norms take their
-                statistics from the first call.
-            predict: runs the model on the batch: logits.
-            loss: of such logits, a scalar.
-
-        Returns:
-            A scalar that has gradients. Lookups must be back to normal by then.
-        """
-        return step(predict, loss)
-
-    def set_pass_(self, name: str) -> None:
-        """Switch lookups to one of the phase's ``passes``."""
-
-    def seen_(self, ids: Tensor, table: Tensor | int | None, blank: Tensor | None) -> None:
-        """Note the ids of a lookup in training, with gradients; for strategies that count them.
-
-        Args:
-            ids: int64 ``(...)``, as `lookup` gets them.
-            table: as in `lookup`.
-            blank: bool ``(...)``, ids whose vectors are zero whatever is stored; None for none.
-        """
-
-    def step_(self) -> None:
-        """What is to be done after every step of the optimizers."""
-
-    def reassigned_(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Rows that went to other ids since this was asked last: parameter, and int64 ``(n,)`` rows of it.
-
-        The optimizer's state of these rows is that of other ids: `embcomp.training.reset_rows_` clears it.
-        """
-        return []
-
-    def row_owners(self) -> tuple[nn.Parameter, Tensor] | None:
-        """A parameter whose rows change hands, and the id that each is of, int64 ``(R,)``; None where none does."""
-        return None
-
-    def make_search(self) -> Search:
-        """What chooses among candidates in a phase of kind ``"search"``."""
-        raise NotImplementedError
-
-    def show_(self, candidates: Sequence[Candidate]) -> None:
-        """Let lookups show candidates until `hide_`: of P, ids ``(P·B, …)`` are P copies of a batch, one for each."""
-        raise NotImplementedError
-
-    def hide_(self) -> None:
-        """Show no candidates any more; called when a search ends, before `adopt_`, and when it breaks off."""
-
-    def candidate_bytes(self, candidate: Candidate) -> int | None:
-        """Serve bytes of the form that `show_` shows; cheap, for reports. None where nobody knows."""
-        return None
-
-    def adopt_(self, candidate: Candidate) -> None:
-        """Take the form that a search has chosen."""
-        raise NotImplementedError
-
-    def pareto(self) -> list[FrontPoint]:
-        """Forms of falling size that one training has led to, with bytes and validation values, the largest first.
-
-        Raises:
-            ConfigError: if the strategy has no such front, or it is not there yet.
-        """
-        raise ConfigError(f"strategy {strategy_of(self.config).name!r} has no front of sizes: 'nested' has one")
-
-    def cut_(self, budget: str | float | Budget) -> None:
-        """Go to the form of the front that a budget allows; nothing is trained or evaluated.
-
-        Raises:
-            ConfigError: as `pareto`.
-            BudgetError: if the budget can't be read, or the smallest form takes more.
-        """
-        self.pareto()
-
-    def widths_of(self, table: int | str) -> Tensor | None:
-        """Values that are stored for each id alone, int64 ``(V,)``, 0 to D; None where ids share what is stored."""
-        return None
-
-    # ---- what strategies that keep rows of tables that grow write ----------------------------------------------------
-
-    def grown_config(self, specs: Sequence[TableSpec], num_slots: Mapping[str, int], is_open: bool) -> Any:
-        """The config of the same tables with more ids, for `embcomp.resize_`: whatever has a size keeps it.
-
-        Args:
-            specs: as they will be.
-            num_slots: table name -> slots that are asked for.
-            is_open: whether a budget will choose the number of slots.
-
-        Raises:
-            ConfigError: if trained rows can't be kept.
-        """
-        if num_slots:
-            raise ConfigError(
-                f"resize_: tables of strategy {strategy_of(self.config).name!r} have no slots, those of 'dynamic' do: "
-                f"leave {', '.join(num_slots)} out of num_slots"
-            )
-        return self._grown_config(specs)
-
-    def _grown_config(self, specs: Sequence[TableSpec]) -> Any:
-        raise self.no_growth("keeps ids in ways that depend on how many there are")
-
-    def take_rows_(self, old: EmbeddingTables) -> None:
-        """Take over the trained rows of the same tables with fewer ids, whose `grown_config` this has.
-
-        Raises:
-            ConfigError: if they can't be kept.
-        """
-        for index, (spec, ids) in enumerate(zip(self.specs, self.num_ids, strict=True)):
-            self.take_table_(index, old, index, ids - spec.num_embeddings)
-
-    def take_table_(self, index: int, old: Any, own: int, last: int) -> None:
-        """Take over the trained rows of one table.
-
-        Args:
-            index: of the table.
-            old: a group of the same class, that keeps the table with fewer ids.
-            own: index of the table there.
-            last: how many ids stay behind all others: 1 where there is an OOV id, else 0.
-        """
-        raise NotImplementedError
-
-    def no_growth(self, why: str) -> ConfigError:
-        """The error for tables whose trained rows can't be kept when they grow."""
-        return ConfigError(
-            f"strategy {strategy_of(self.config).name!r} (tables {self._some_names()}) {why}, so trained rows can't be "
-            "kept in tables that grow: take to_dense(), add rows for the new ids, plan tables of the new sizes, and "
-            "load_dense_ the rows into them; or use unseen='hash' from the start, which takes new ids as they are"
-        )
-
     # ---- lookups ----------------------------------------------------------------------------------------------------
 
     def forward(self, ids: Tensor, table: Tensor | int | str | None = None) -> Tensor:
@@ -462,11 +303,6 @@ class EmbeddingTables(nn.Module):
     def repeats_lookups(self) -> bool:
         """Whether a lookup gives later in a step what it gives now; in phases, what is shown may have changed."""
         return not self.training or (self.phases() == PLAIN and not self.has_own_step)
-
-    @property
-    def has_own_step(self) -> bool:
-        """Whether the strategy writes `training_loss`."""
-        return type(self).training_loss is not EmbeddingTables.training_loss
 
     def index_of(self, table: int | str) -> int:
         """The index of a table given by name or index.
@@ -720,10 +556,6 @@ class EmbeddingTables(nn.Module):
         rows = 1 if values else 0
         size = tensor.nbytes // share
         return [MemoryPart(owner, name, size, values, rows, size) for owner in owners]
-
-    def _some_names(self) -> str:
-        shown = ", ".join(repr(name) for name in self.names[:3])
-        return shown if self.num_tables <= 3 else f"{shown} and {self.num_tables - 3} more"
 
 
 def _kept_here(module: nn.Module) -> Iterator[Tensor]:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from embcomp.config import strategy_of
 from embcomp.errors import ConfigError
+from embcomp.hooks import Loss, Predict, TrainingStep
 from embcomp.phases import PLAIN, Phase
 from embcomp.sites import find_groups
-from embcomp.tables import EmbeddingTables, Loss, Predict, TrainingStep
+from embcomp.tables import EmbeddingTables
 from embcomp.training.batch_norms import unmoved
 from embcomp.training.reassigned import reset_rows_
 from embcomp.training.search import Search
