@@ -20,7 +20,7 @@ from embcomp.reporting import format_rows, table_rows
 from embcomp.sites import Fields, Filter, Patterns, Site, attach, choose, find_groups, find_sites, home_of, owner_path
 from embcomp.specs import TableSpec
 from embcomp.tables import EmbeddingTables
-from embcomp.training.reassigned import reset_rows_
+from embcomp.training.reassigned import step_tables_
 
 if TYPE_CHECKING:
     from embcomp.training.search import FrontPoint
@@ -63,9 +63,7 @@ class Compression:
         Args:
             optimizers: all that train the tables; of rows that went to other ids they remember nothing afterwards.
         """
-        for tables in self.tables:
-            tables.step_()
-        reset_rows_(self.tables, *optimizers)
+        step_tables_(self.tables, *optimizers)
 
     def resize_(
         self,

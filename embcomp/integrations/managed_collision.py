@@ -154,9 +154,7 @@ class ManagedCollisionTables(nn.Module):
         features = KeyedJaggedTensor(self._features, ids.reshape(-1)[order], lengths=lengths)
         found, _ = self.collection(features)
         vectors = torch.cat([found[name].values() for name in self._features])
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
-        return vectors[back].view(*ids.shape, self.embedding_dim)
+        return torch.empty_like(vectors).index_copy(0, order, vectors).view(*ids.shape, self.embedding_dim)
 
     @torch.no_grad()
     def step_(self) -> None:

@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from embcomp.tables import EmbeddingTables
 
 
+def step_tables_(groups: Iterable[EmbeddingTables], *optimizers: torch.optim.Optimizer) -> None:
+    """What tables do after a step of the optimizers, which then remember nothing of rows that went to other ids."""
+    groups = list(groups)
+    for tables in groups:
+        tables.step_()
+    reset_rows_(groups, *optimizers)
+
+
 def reset_rows_(groups: Iterable[EmbeddingTables], *optimizers: torch.optim.Optimizer) -> None:
     """Clear what optimizers remember of rows that went to other ids since this was called last.
 

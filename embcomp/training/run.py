@@ -19,7 +19,7 @@ from embcomp.phases import PLAIN, Phase
 from embcomp.sites import find_groups
 from embcomp.tables import EmbeddingTables
 from embcomp.training.batch_norms import unmoved
-from embcomp.training.reassigned import reset_rows_
+from embcomp.training.reassigned import step_tables_
 from embcomp.training.search import Search
 from embcomp.training.searching import (
     Evaluate,
@@ -206,9 +206,7 @@ class Phases:
         if self._optimizer is not None and not self.phase.bilevel:
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
-        for tables in self.groups:
-            tables.step_()
-        reset_rows_(self.groups, *optimizers)
+        step_tables_(self.groups, *optimizers)
 
     def architecture_step_(self, predict: Predict, loss: Loss) -> None:
         """In a bilevel phase, after `step_`: a step of the architecture parameters alone, on a validation batch."""
