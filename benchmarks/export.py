@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from benchmarks import export_peers
 from benchmarks.markdown import markdown_table
+from benchmarks.results import write_whole
 from benchmarks.speed.contest import Contestant, take_turns
 from benchmarks.speed.machine import Machine
 from benchmarks.speed.setting import zipf_ids
@@ -230,7 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = Machine.measure(1 << 20, 2) if options.quick else Machine.measure()
     results = list(measure(sizes, options.strategy or list_strategies(), options.kinds))
     content = {"machine": machine, "sizes": sizes, "results": results}
-    _write(options.output, {name: _plain(value) for name, value in content.items()})
+    text = json.dumps({name: _plain(value) for name, value in content.items()}, indent=1)
+    write_whole(options.output, text + "\n")
     print(markdown(sizes, machine, results))
     _say(f"written to {options.output}")
     return 0
@@ -238,13 +239,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _plain(value: Any) -> Any:
     return [dataclasses.asdict(one) for one in value] if isinstance(value, list) else dataclasses.asdict(value)
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _say(text: str) -> None:
