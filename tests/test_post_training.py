@@ -182,7 +182,8 @@ def write_tables(path, sizes, dim=32):
 def run_limited(arguments, limit):
     """Run ``embcomp compress`` in a process that may take so many bytes more than it has after its imports."""
     script = Path(__file__).parent / "limited_compress.py"
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # every thread takes heaps of its own
+    # Every thread takes heaps of its own, and glibc keeps what is freed unless it came from a map.
+    alone = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
         [sys.executable, str(script), str(limit), *arguments], capture_output=True, text=True, check=False, env=alone
     )
