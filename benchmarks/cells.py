@@ -14,11 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.errors import ResultError
-from benchmarks.results import FINISHED, CellResult, read_result
+from benchmarks.results import FINISHED, INFEASIBLE, CellResult, read_result
 from embcomp import Budget
 from embcomp.errors import BudgetError
 
-PLACES = ("results_dir", "data_root", "data_cache", "name", "label", "overwrite", "threads", "without_budget")
+PLACES = (
+    "results_dir",
+    "data_root",
+    "data_cache",
+    "name",
+    "label",
+    "overwrite",
+    "threads",
+    "without_budget",
+    "exports",
+)
 """What a config says beside the cell: it changes no result, and is not part of the identity."""
 
 _WITHIN = (("training", "progress"), ("training", "seed"), ("strategy", "seed"))
@@ -57,6 +67,11 @@ class Cell:
     def strategy(self) -> str:
         """Name of the strategy."""
         return str(self.config["strategy"]["name"])
+
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """Kinds of files whose sizes are asked for."""
+        return tuple(self.config.get("exports") or ())
 
     @property
     def label(self) -> str:
@@ -128,12 +143,14 @@ class Cell:
         )
 
     def finished(self) -> CellResult | None:
-        """The result of an earlier run that need not be repeated; failures and damaged files are."""
+        """The result of an earlier run that need not be repeated; failures, damaged files and lacking exports are."""
         try:
             result = read_result(self.path)
         except ResultError:
             return None
-        return result if result.digest == self.digest and result.status in FINISHED else None
+        if result.digest != self.digest or result.status not in FINISHED:
+            return None
+        return result if result.status == INFEASIBLE or set(self.exports) <= set(result.exports) else None
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -28,12 +28,10 @@ from benchmarks.speed.machine import Machine
 from benchmarks.speed.setting import zipf_ids
 from embcomp import EmbcompError, EmbeddingTables, TableSpec, build_tables, list_strategies, make_config
 from embcomp.config import StrategyConfig
-from embcomp.integrations.export import export_aoti, export_fbgemm, export_onnx, export_pt2, load_fbgemm
+from embcomp.integrations.export import SERVED, SUFFIXES, load_fbgemm
 
-KINDS = ("pt2", "aoti", "onnx", "fbgemm")
 _ROWS = ("float32", "float16", "int8:row", "int8:column", "int4:row", "int4:column", "int2:column")
 """Formats of plain rows, one per id, that stand beside the strategies."""
-_SUFFIXES = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx", "fbgemm": ".safetensors"}
 _BATCHES = {1: 200, 4096: 20}
 """Batch size -> rounds."""
 _TURNS = 4
@@ -82,7 +80,7 @@ class Result:
 
     Attributes:
         name: strategy or row format, or a peer.
-        kind: ``"eager"`` or one of `KINDS`.
+        kind: ``"eager"`` or one of `SERVED`.
         serve_bytes: by the memory report; of peers, of the saved state dict.
         file_bytes: of the exported file; None where there is none.
         latency: batch size -> median microseconds of a lookup of all tables.
@@ -133,7 +131,7 @@ def _forms(
     found = {"eager": Result(name, "eager", served)}
     for kind in kinds:
         try:
-            file_bytes, lookups[kind] = _exported(tables, kind, folder / f"{kind}{_SUFFIXES[kind]}")
+            file_bytes, lookups[kind] = _exported(tables, kind, folder / f"{kind}{SUFFIXES[kind]}")
             found[kind] = Result(name, kind, served, file_bytes)
         except EmbcompError as error:
             found[kind] = Result(name, kind, served, note=str(error))
@@ -148,16 +146,14 @@ def _forms(
 
 def _exported(tables: EmbeddingTables, kind: str, path: Path) -> tuple[int, Lookup]:
     """Size of the file, and a lookup in it."""
+    size = SERVED[kind](tables, path).file_bytes
     if kind == "fbgemm":
-        size = export_fbgemm(tables, path).file_bytes
         return size, export_peers.looking_up(load_fbgemm(path), list(tables.names))
     if kind == "onnx":
-        size = export_onnx(tables, path).file_bytes
         return size, _onnx_lookup(path)
     if kind == "aoti":
-        size = export_aoti(tables, path).file_bytes
         return size, torch._inductor.aoti_load_package(str(path))
-    return export_pt2(tables, path).file_bytes, torch.export.load(path).module()
+    return size, torch.export.load(path).module()
 
 
 def _onnx_lookup(path: Path) -> Lookup:
@@ -248,7 +244,9 @@ def _say(text: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks.export", description="Measure exported files.")
     parser.add_argument("--strategy", nargs="+", choices=list_strategies(), help="default: all")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="default: all; aoti takes longest")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=list(SERVED), default=list(SERVED), help="default: all; aoti takes longest"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; latencies mean nothing")
     parser.add_argument("--output", type=Path, default=Path("results/export.json"), help="default: %(default)s")
     return parser

@@ -84,6 +84,7 @@ def point_frame(cells: pd.DataFrame, metric: str = "test_auc") -> pd.DataFrame:
         row |= {name: same[name].mean() for name in _AVERAGED}
         row |= {f"{name}_std": same[name].std(ddof=1) for name in METRICS}
         row["slices"] = mean_slices(list(same.slices))
+        row["exports"] = _mean_exports(list(same.exports))
         rows.append(row)
     points = pd.DataFrame(rows)
     if points.empty:
@@ -201,6 +202,7 @@ def _row(result: CellResult) -> dict[str, Any]:
         "samples_per_second": result.training.get("samples_per_second", math.nan),
         "steps_to_95": _steps_to(result.training.get("history", ())),
         "slices": result.slices,
+        "exports": result.exports,
         **{name: math.nan if value is None else value for name, value in sizes.items()},
         **{name: math.nan if (value := result.metric(name)) is None else value for name in METRICS},
         **{
@@ -209,6 +211,17 @@ def _row(result: CellResult) -> dict[str, Any]:
             for p in ("p50", "p99")
         },
     }
+
+
+def _mean_exports(exports: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Sizes of files by kind, means over the seeds that have one; else why it was refused."""
+    found = {}
+    for kind in dict.fromkeys(kind for own in exports for kind in own):
+        told = [own[kind] for own in exports if kind in own]
+        sizes = [one["file_bytes"] for one in told if one["file_bytes"] is not None]
+        mean = round(sum(sizes) / len(sizes)) if sizes else None
+        found[kind] = {"file_bytes": mean, "refused": None if sizes else told[0]["refused"]}
+    return found
 
 
 def _steps_to(history: Sequence[Mapping[str, Any]], share: float = 0.95) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -68,7 +69,8 @@ def _section(section: Section) -> str:
     lines += ["Means ± standard deviations over seeds; ★ marks the Pareto front of bytes and quality.", ""]
     if len(section.points):
         title, beside = METRICS[section.metric].title, METRICS[section.beside].title
-        head = [*_HEAD, title, "to float32", beside, "seeds"]
+        files = [f"{kind} file" for kind in section.export_kinds]
+        head = [*_HEAD, *files, title, "to float32", beside, "seeds"]
         lines += [*markdown_table(head, [_row(row, section) for _, row in section.points.iterrows()]), ""]
         lines += parts_table(["strategy", "budget"], section.points, section.metric)
     if len(infeasible := section.infeasible):
@@ -89,11 +91,18 @@ def _row(row: pd.Series, section: Section) -> list[str]:
         f"{row.bytes:,}",
         f"{row.share:.2%}",
         "" if math.isnan(row.sparsity) else f"{row.sparsity:.1%}",
+        *(_file(row.exports.get(kind)) for kind in section.export_kinds),
         with_std(row, section.metric),
         "" if math.isnan(row.gap) else f"{row.gap:+.4f}",
         with_std(row, section.beside),
         str(row.seeds),
     ]
+
+
+def _file(told: Mapping[str, Any] | None) -> str:
+    if told is None:
+        return ""
+    return "refused" if told["file_bytes"] is None else f"{told['file_bytes']:,}"
 
 
 def with_std(row: pd.Series, metric: str) -> str:

@@ -115,6 +115,7 @@ class CellResult:
         training: epochs, steps, seconds, ``samples_per_second``, phases, and the history of evaluations. A phase that
             is ``shared`` was done by a cell of another budget: its seconds are in that cell's ``wall_seconds`` alone.
         lookup: batch size -> ``p50_microseconds``, ``p99_microseconds`` and ``calls`` of the finalized tables.
+        exports: kind of file -> ``file_bytes`` of the exported tables, and why it was ``refused``; one of them is None.
         error: ``type``, ``message`` and ``traceback``; None for successes.
         schema_version: of this format.
     """
@@ -142,6 +143,7 @@ class CellResult:
     training: dict[str, Any] = field(default_factory=dict)
     lookup: dict[str, dict[str, Any]] = field(default_factory=dict)
     slices: dict[str, dict[str, float]] = field(default_factory=dict)
+    exports: dict[str, dict[str, Any]] = field(default_factory=dict)
     error: dict[str, str] | None = None
     schema_version: int = SCHEMA_VERSION
 

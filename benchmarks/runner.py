@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.cells import Cell
 from benchmarks.errors import ResultError
+from benchmarks.exported import check_kinds, exported_files
 from benchmarks.locks import try_lock
 from benchmarks.measure import (
     environment,
@@ -117,6 +118,7 @@ def run_cell(cell: Cell) -> CellResult:
         slices=notes.slices,
         training=notes.training,
         lookup=notes.lookup,
+        exports=notes.exports,
     )
 
 
@@ -131,10 +133,12 @@ class _Notes:
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     slices: dict[str, dict[str, float]] = field(default_factory=dict)
     lookup: dict[str, dict[str, Any]] = field(default_factory=dict)
+    exports: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def _measure(cell: Cell, notes: _Notes) -> None:
     strategy, training = _strategy(cell), _training(cell)
+    check_kinds(cell.exports)
     workload = workload_of(cell.config)
     notes.dataset = workload.about()
     planned = _plan(cell, workload, strategy, notes.sizes)
@@ -163,6 +167,7 @@ def _measure(cell: Cell, notes: _Notes) -> None:
     _check_budget(notes.sizes)
     device = next(iter(tables.state_dict().values())).device
     notes.lookup = lookup_latency(tables, workload.lookup_ids().to(device))
+    notes.exports = exported_files(tables, cell.exports)
 
 
 @functools.lru_cache(maxsize=1)

@@ -55,6 +55,13 @@ class Section:
         return parts_of(self.points, self.metric)
 
     @property
+    def export_kinds(self) -> list[str]:
+        """Kinds of files that some points were exported to, or refused to be."""
+        if not len(self.points):
+            return []
+        return list(dict.fromkeys(kind for own in self.points.exports for kind in own))
+
+    @property
     def failed(self) -> pd.DataFrame:
         """Cells that failed."""
         return self.cells[self.cells.status == FAILED]

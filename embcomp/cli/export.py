@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +62,8 @@ def export(given: argparse.Namespace) -> dict[str, Any]:
     elif kind == "fbgemm":
         found = exports.export_fbgemm(tables, output, table=table, overwrite=overwrite)
     else:
-        graphs: dict[str, Callable[..., exports.Exported]] = {
-            "pt2": exports.export_pt2,
-            "aoti": exports.export_aoti,
-            "onnx": exports.export_onnx,
-        }
         with progress_bar(f"tracing {len(tables.names)} tables", bar_format="{desc} ... {elapsed}"):
-            found = graphs[kind](tables, output, table=table, bag=given.bag, overwrite=overwrite)
+            found = exports.GRAPHS[kind](tables, output, table=table, bag=given.bag, overwrite=overwrite)
     told = dataclasses.asdict(found) | {"path": str(found.path), "source": str(given.path), "table": table}
     return told | {"finalized_now": not was_final}
 

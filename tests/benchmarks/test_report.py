@@ -215,6 +215,29 @@ def test_markdown_has_the_table(tmp_path, results, capsys):
     assert "Failed: synthetic-fm-c_script_" in text
 
 
+def test_sizes_of_exported_files_stand_beside_the_bytes_served(tmp_path, results, capsys):
+    def exported(result):
+        size = result.sizes.served_bytes
+        refused = {"file_bytes": None, "refused": "rows are <shared>"}
+        return {"pt2": {"file_bytes": size + 20 * result.seed, "refused": None}, "fbgemm": refused}
+
+    results = [
+        dataclasses.replace(r, exports=exported(r)) if r.status == "success" and r.label == "a" else r for r in results
+    ]
+    write_results(tmp_path, results)
+    main([str(tmp_path), "--markdown", "-"])
+    text = capsys.readouterr().out
+    assert "| sparsity | pt2 file | fbgemm file | test AUC |" in text
+    assert "| a | 10% | 1,000 | 10.00% |  | 1,040 | refused |" in text
+    assert "| b | 10% | 900 | 9.00% |  |  |  |" in text
+    page = (tmp_path / "report.html").read_text()
+    assert ">pt2 file</th>" in page
+    assert 'title="rows are &lt;shared&gt;">refused</td>' in page
+    write_results(tmp_path / "plain", [r for r in results if r.label != "a"])
+    main([str(tmp_path / "plain")])
+    assert "pt2 file" not in (tmp_path / "plain" / "report.html").read_text()
+
+
 def test_groups_without_a_success_are_reported(tmp_path):
     write_results(tmp_path, [made_result("a", "10%", 1, None, None, "failed")])
     main([str(tmp_path)])

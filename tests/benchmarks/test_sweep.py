@@ -285,6 +285,29 @@ def test_sparsity_counts_the_values_that_are_stored(tmp_path):
     assert not results["hash"].tables["mean_widths_by_decile"]
 
 
+def test_cells_are_exported_for_their_sizes_even_if_they_were_run_before(tmp_path, capsys):
+    sweep = ("-m", "strategy=full,hash", "budget=25%", "without_budget=[full]")
+    assert run_sweep(tmp_path, *sweep) == 0
+    assert run_sweep(tmp_path, *sweep, "exports=[pt2,fbgemm]") == 0
+    assert "2 cells: 2 success" in capsys.readouterr().out.splitlines()[-1]
+    found = {result.strategy: result for result in results_in(tmp_path).values()}
+    assert len(found) == 2
+    for result in found.values():
+        assert result.exports["pt2"]["refused"] is None
+        assert result.sizes.served_bytes < result.exports["pt2"]["file_bytes"] < result.sizes.served_bytes + 200_000
+    assert found["full"].exports["fbgemm"]["file_bytes"] > found["full"].sizes.served_bytes
+    assert found["hash"].exports["fbgemm"]["file_bytes"] is None
+    assert "strategy 'hash' shares rows" in found["hash"].exports["fbgemm"]["refused"]
+    for fewer in ("exports=[pt2]", "exports=[]"):
+        assert run_sweep(tmp_path, *sweep, fewer) == 0
+        assert "(2 from an earlier run)" in capsys.readouterr().out
+
+
+def test_kinds_of_exports_that_there_are_not_are_told_before_training(tmp_path, capsys):
+    assert run_sweep(tmp_path, "-m", "strategy=hash", "budget=25%", "exports=[onxx]") == 1
+    assert "no kind of file 'onxx'; did you mean 'onnx'?" in capsys.readouterr().out
+
+
 def test_only_the_latest_shared_phases_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "_shared_folder", lambda: tmp_path / "phases")
     monkeypatch.setattr(runner, "_MOST_SHARED", 2)
