@@ -173,7 +173,8 @@ class NestedTables(CutTables):
     # ---- phases -----------------------------------------------------------------------------------------------------
 
     def phases(self) -> tuple[Phase, ...]:
-        train = Phase("train", passes=("full", "random", "narrow"), distill=self.config.distill)
+        passes = ("full", "random", "narrow")
+        train = Phase("train", passes=passes, distill=self.config.distill, any_budget=True)
         retrain = (Phase("retrain", rewind=self.config.retrain == "initial"),) if self.config.retrain != "none" else ()
         return (train, Phase("cut", kind="search"), *retrain)
 
@@ -356,19 +357,6 @@ class NestedTables(CutTables):
         return *table_bytes(self._layout, self.specs, self.config), 0
 
     # ---- life -------------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        weight = self.rows.weight
-        if not isinstance(weight, Tensor) or weight.is_meta:
-            return
-        # What is served is of init_std in all D dimensions, of which those behind the width are zero.
-        for start, own in zip(self.rows.starts(), self._layout, strict=True):
-            for first, part in zip([0, *(part.stop for part in own)], own, strict=False):
-                if 0 < part.width < self.embedding_dim:
-                    factor = (self.embedding_dim / part.width) ** 0.5
-                    weight[start + first : start + part.stop, : part.width].mul_(factor)
 
     def fit(self, weights: Sequence[Tensor], counts: Sequence[Tensor]) -> None:
         for table, (start, weight, count) in enumerate(zip(self.rows.starts(), weights, counts, strict=True)):

@@ -227,6 +227,9 @@ SHARING = {
     **{name: OptEmbedConfig(**SEARCH, **options) for name, options in VARIANTS.items() if name != "bilevel"},
     "magnitude, int8": MagnitudeConfig(finetune_epochs=1, rows="int8"),
     "magnitude": MagnitudeConfig(finetune_epochs=1),
+    "nested": NestedConfig(),
+    "nested, int8, retrained": NestedConfig(rows="int8", retrain="initial"),
+    "nested, tiers": NestedConfig(tiers=3, retrain="finetune"),
 }
 
 
