@@ -7,7 +7,7 @@ embcomp.finalize_(model)
 """
 
 from functools import partial
-from itertools import cycle
+from itertools import cycle, starmap
 
 import torch
 import torch.nn.functional as F
@@ -33,16 +33,14 @@ def train(model, train_batches, validation_batches, epochs=3, learning_rate=0.02
     """Batches are pairs of inputs and labels; ``checkpoint`` is a file that an interrupted search goes on from."""
     phases, validation = Phases(model), cycle(validation_batches)
 
-    def quality(number=1):
-        """The negative log loss of each of ``number`` candidates, which see a copy of the batch each."""
+    def parts(inputs, labels):
+        return partial(model, inputs), partial(F.binary_cross_entropy_with_logits, target=labels)
+
+    @torch.no_grad()
+    def quality():
         model.eval()
-        losses = torch.zeros(number)
-        with torch.no_grad():
-            for inputs, labels in validation_batches:
-                logits = model({name: ids.repeat(number) for name, ids in inputs.items()}).view(number, -1)
-                every = F.binary_cross_entropy_with_logits(logits, labels.expand_as(logits), reduction="none")
-                losses += every.sum(1)
-        return [-loss for loss in losses.tolist()]
+        losses = [loss(predict()) for predict, loss in starmap(parts, validation_batches)]
+        return -float(sum(losses))
 
     def run_on_train_batches():
         for inputs, _ in train_batches:
@@ -51,20 +49,17 @@ def train(model, train_batches, validation_batches, epochs=3, learning_rate=0.02
     for phase in phases:
         phases.enter_(phase)
         if phase.is_search:
-            phases.search_(lambda: quality()[0], quality, run_on_train_batches, checkpoint=checkpoint)
+            phases.search_(quality, recalibrate=run_on_train_batches, checkpoint=checkpoint)
         else:
             optimizer = torch.optim.Adam(phases.parameters(), learning_rate)
             for _ in range(phase.epochs or epochs):
                 model.train()
-                for inputs, labels in train_batches:
+                for batch in train_batches:
                     optimizer.zero_grad()
-                    loss = partial(F.binary_cross_entropy_with_logits, target=labels)
-                    phases.loss(partial(model, inputs), loss).backward()
+                    phases.loss(*parts(*batch)).backward()
                     optimizer.step()
                     phases.step_()
                     if phase.bilevel:
-                        inputs, labels = next(validation)
-                        loss = partial(F.binary_cross_entropy_with_logits, target=labels)
-                        phases.architecture_step_(partial(model, inputs), loss)
+                        phases.architecture_step_(*parts(*next(validation)))
         phases.leave_(phase)
     return phases
