@@ -10,6 +10,9 @@ endif
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
             $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
+# Processes that tests run in; 0 for this one alone, as debuggers like it.
+JOBS ?= logical
+
 CONSTRAINTS := requirements/constraints.txt
 pinned       = $(1)==$(shell sed -n 's/^$(1)==//p' $(CONSTRAINTS))
 
@@ -44,8 +47,8 @@ help: ## list the targets
 
 setup: $(READY) ## make .venv with pinned versions; DEVICE=cuda for the CUDA builds (default: cpu)
 
-test: $(READY) ## run all tests; ARGS='-k hash -x' goes to pytest
-	$(PY) -m pytest $(ARGS)
+test: $(READY) ## run all tests, JOBS at a time (default: one per core, 8 at most); ARGS='-k hash -x' goes to pytest
+	$(PY) -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal $(ARGS)
 
 check: $(READY) ## lint, formatting and types, changing nothing
 	$(PY) -m ruff check
