@@ -70,8 +70,9 @@ class Cell:
 
     @property
     def exports(self) -> tuple[str, ...]:
-        """Kinds of files whose sizes are asked for."""
-        return tuple(self.config.get("exports") or ())
+        """Kinds of files whose sizes are asked for; one may be given without brackets."""
+        asked = self.config.get("exports") or ()
+        return (asked,) if isinstance(asked, str) else tuple(map(str, asked))
 
     @property
     def label(self) -> str:
