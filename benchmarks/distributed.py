@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -65,7 +66,9 @@ def measure(given: argparse.Namespace) -> Iterator[Measured]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print the table and write the JSON file; the process ends with status 1 if a run failed.
+    """Measure, print the table and write the JSON file.
+
+    A run that fails ends it: what was measured until then is printed and written, and the process ends with status 1.
 
     Args:
         arguments: of the command line; None for the process's own.
@@ -73,15 +76,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = _parser().parse_args(arguments)
     machine = Machine.measure()
     rows: list[Measured] = []
+    failure: DistributedError | None = None
     try:
         for row in measure(given):
             rows.append(row)
             print(f"{row.strategy} {row.sharding} {row.processes}: {row.rows_per_second:,} rows/s", file=sys.stderr)
     except DistributedError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(1) from None
-    write_whole(given.output, json.dumps({"machine": asdict(machine), "rows": [asdict(row) for row in rows]}, indent=1))
-    print(f"{machine}\n\n" + "\n".join(table(rows)))
+        failure = error
+    if rows:
+        found = {"machine": asdict(machine), "rows": [asdict(row) for row in rows]}
+        write_whole(given.output, json.dumps(found, indent=1))
+        print(f"{machine}\n\n" + "\n".join(table(rows)))
+    if failure is not None:
+        print(failure, file=sys.stderr)
+        raise SystemExit(1)
 
 
 def table(rows: Sequence[Measured]) -> list[str]:
@@ -113,7 +121,9 @@ def _run(given: argparse.Namespace, strategy: str, sharding: str, processes: int
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         if done.returncode:
-            raise DistributedError(f"{' '.join(module)} failed in {processes} processes:\n{done.stderr[-3000:]}")
+            cause = re.search(r"^(\[rank\d+\]: )?[\w.]+(Error|Exception): .*$", done.stderr, re.MULTILINE)
+            told = f"{cause[0]}\n" if cause else ""
+            raise DistributedError(f"{' '.join(module)} failed in {processes} processes:\n{told}{done.stderr[-3000:]}")
         found: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
     return found
 

@@ -26,10 +26,13 @@ def test_two_processes_are_compared_with_one(tmp_path, capsys):
     assert "| hash | row_wise | 2 |" in capsys.readouterr().out
 
 
-def test_a_run_that_fails_says_so(tmp_path, capsys):
-    options = ["--strategy", "hash", "--sharding", "row_wise", "--processes", "1", "--data", "no_such_log"]
+def test_a_run_that_fails_says_why_and_what_was_measured_before_is_kept(tmp_path, capsys):
+    output, sizes = tmp_path / "found.json", ["--batch-size", "200", "--steps", "2", "--processes", "1"]
+    cases = ["--strategy", "hash", "optembed", "--sharding", "row_wise", "--data", "synthetic"]
     with pytest.raises(SystemExit) as stopped:
-        distributed.main([*options, "--output", str(tmp_path / "found.json")])
+        distributed.main([*cases, *sizes, "--cache", str(tmp_path / "cache"), "--output", str(output)])
     assert stopped.value.code == 1
-    assert "no_such_log" in capsys.readouterr().err
-    assert not (tmp_path / "found.json").exists()
+    shown = capsys.readouterr()
+    assert "ConfigError: strategy 'optembed'" in shown.err.split("failed in 1 processes:")[1].splitlines()[1]
+    assert [row["strategy"] for row in json.loads(output.read_text())["rows"]] == ["hash"]
+    assert "| hash | row_wise | 1 |" in shown.out

@@ -16,6 +16,7 @@ CASES = {
     "full": {},
     "hash": {"budget": "40%"},
     "compositional": {"budget": "40%"},
+    "compositional, quotients of few rows": {"budget": "85%"},
     "unified": {"budget": "40%"},
     "low_rank": {"budget": "60%"},
     "quantize": {"budget": "60%"},

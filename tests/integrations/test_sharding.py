@@ -32,7 +32,11 @@ HASH.remove(("hash", "rowwise_adagrad", "column_wise", 8))  # each part of a row
 
 
 @pytest.mark.parametrize(
-    ("world_size", "plans"), [(2, [*HASH, *((case, "rowwise_adagrad", "row_wise", 6) for case in CASES)]), (4, HASH)]
+    ("world_size", "plans"),
+    [
+        (2, [*HASH, *((case, "rowwise_adagrad", "row_wise", 6) for case in CASES)]),
+        (4, [*HASH, *((case, "sgd", "row_wise", 6) for case in CASES)]),
+    ],
 )
 def test_losses_are_those_of_one_process(world_size, plans):
     ranks = run_workers(train, world_size, plans, timeout=120)
@@ -135,6 +139,17 @@ def test_numbers_of_processes_that_do_not_go_together(world_size, local):
 def test_a_number_of_processes_that_does_not_divide_the_rows():
     report = sharding.plan_sharding(embcomp.build_tables([TableSpec("a", 7, 8)]), 3, "row_wise")
     assert [shard.rows for shard in report.shards] == [(0, 3), (3, 6), (6, 7)]
+
+
+def test_bug_tables_of_fewer_rows_than_each_process_takes_are_placed_whole():
+    """On a process without any rows FBGEMM's kernels for the CPU raise."""
+    specs = [TableSpec(name, rows, 8) for name, rows in (("a", 5), ("b", 3), ("c", 8))]
+    for wanted in ("row_wise", {f"group0_rows_{name}": "row_wise" for name in "abc"}):
+        report = sharding.plan_sharding(embcomp.build_tables(specs), 4, wanted)
+        kinds = {shard.table: shard.sharding for shard in report.shards}
+        assert kinds == {"group0_rows_a": "table_wise", "group0_rows_b": "table_wise", "group0_rows_c": "row_wise"}
+        for rank in range(4):
+            assert any(shard.rank == rank and shard.rows[0] < shard.rows[1] for shard in report.shards)
 
 
 def test_tables_that_no_process_has_room_for():

@@ -22,7 +22,7 @@ from embcomp.swap import groups_of
 
 SHARDINGS = tuple(EmbeddingCollectionSharder().sharding_types("cpu"))
 """Ways of cutting a table that TorchRec has for collections of rows."""
-REPLICATED = ShardingType.DATA_PARALLEL.value
+REPLICATED, ROW_WISE = ShardingType.DATA_PARALLEL.value, ShardingType.ROW_WISE.value
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ def plan_sharding(
         model: with compressed tables, which may be on ``meta``.
         world_size: number of processes.
         sharding: one of `SHARDINGS` for all tables, or name of `stored_tables` -> one of them; the planner chooses for
-            the others, ``"data_parallel"`` aside.
+            the others, ``"data_parallel"`` aside. Tables of too few rows to give each process some are placed whole
+            where ``"row_wise"`` is asked for.
         device: type of the devices, ``"cpu"`` or ``"cuda"``.
         local_world_size: processes on one machine; None for all.
 
@@ -104,7 +105,7 @@ def plan_sharding(
     _check_processes(world_size, local_world_size)
     for tables in groups_of(model):
         check_shardable(tables)
-    wanted = wanted_shardings(model, sharding)
+    wanted = wanted_shardings(model, sharding, world_size)
     planner = make_planner(wanted, world_size, local_world_size, device)
     replicated = replicated_tables(wanted)
     try:
@@ -116,8 +117,14 @@ def plan_sharding(
     return _reported(model, plan, world_size, replicated)
 
 
-def wanted_shardings(model: nn.Module, sharding: str | Mapping[str, str] | None) -> dict[str, list[str]]:
-    """Stored table -> ways of sharding that are allowed."""
+def wanted_shardings(
+    model: nn.Module, sharding: str | Mapping[str, str] | None, world_size: int
+) -> dict[str, list[str]]:
+    """Stored table -> ways of sharding that are allowed.
+
+    Tables of so few rows that some process would have none of them are not cut by row but placed whole: FBGEMM's
+    kernels for the CPU fail on a process that has no rows at all.
+    """
     names = stored_tables(model)
     given = dict.fromkeys(names, sharding) if isinstance(sharding, str) else dict(sharding or {})
     for name, kind in given.items():
@@ -133,7 +140,12 @@ def wanted_shardings(model: nn.Module, sharding: str | Mapping[str, str] | None)
                 f"given for {', '.join(kept)}"
             )
     others = [kind for kind in SHARDINGS if kind != REPLICATED]
-    return {name: [given[name]] if name in given else others for name in names}
+    wanted = {name: [given[name]] if name in given else others for name in names}
+    for _, store, own in stores_of(model):
+        for name, rows in zip(own, store.segments, strict=True):
+            if (world_size - 1) * -(-rows // world_size) >= rows:
+                wanted[name] = [kind for kind in wanted[name] if kind != ROW_WISE] or [ShardingType.TABLE_WISE.value]
+    return wanted
 
 
 def replicated_tables(wanted: Mapping[str, list[str]]) -> list[str]:

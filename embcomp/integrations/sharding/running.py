@@ -68,7 +68,7 @@ def distribute(
         )
     group = group or dist.group.WORLD
     assert group is not None
-    wanted = wanted_shardings(model, sharding)
+    wanted = wanted_shardings(model, sharding, group.size())
     shardable_(model, replicated_tables(wanted))
     for _, store, _ in stores_of(model):
         store.processes, rows = group.size(), store.elsewhere
