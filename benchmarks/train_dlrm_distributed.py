@@ -9,6 +9,7 @@ Every process sees its part of the same batches, so that the losses are those of
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import time
@@ -34,6 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     given = _parser().parse_args(arguments)
     dist.init_process_group(given.backend)
+    _run(given)
+    gc.collect()  # a model that is left holds threads of the group, which abort the process if they outlive Python
+    dist.destroy_process_group()
+
+
+def _run(given: argparse.Namespace) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if given.backend == "nccl" else torch.device("cpu")
     if device.type == "cpu":
@@ -65,7 +72,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{report}\nlosses {losses[0]:.6f} ... {losses[-1]:.6f}, {found['rows_per_second']:,} rows/s")
         if given.output:
             given.output.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    dist.destroy_process_group()
 
 
 def build(log: ClickLog, dim: int, strategy: str, budget: str | None) -> DLRM:
