@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.cells import Cell
 from benchmarks.errors import ResultError
-from benchmarks.exported import check_kinds, exported_files
+from benchmarks.exported import check_kind, exported_files
 from benchmarks.locks import try_lock
 from benchmarks.measure import (
     environment,
@@ -138,7 +138,8 @@ class _Notes:
 
 def _measure(cell: Cell, notes: _Notes) -> None:
     strategy, training = _strategy(cell), _training(cell)
-    check_kinds(cell.exports)
+    for kind in cell.exports:
+        check_kind(kind)
     workload = workload_of(cell.config)
     notes.dataset = workload.about()
     planned = _plan(cell, workload, strategy, notes.sizes)

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from benchmarks import runner
 from benchmarks.errors import OverrideError
+from benchmarks.exported import check_kind
 from benchmarks.measure import lookup_latency, saved_bytes, state_bytes
 from benchmarks.overrides import check_overrides, number_of_jobs
 from benchmarks.progress import NOTE
@@ -285,7 +287,9 @@ def test_sparsity_counts_the_values_that_are_stored(tmp_path):
     assert not results["hash"].tables["mean_widths_by_decile"]
 
 
+@pytest.mark.torchrec
 def test_cells_are_exported_for_their_sizes_even_if_they_were_run_before(tmp_path, capsys):
+    pytest.importorskip("torchrec", reason="needs torchrec")
     sweep = ("-m", "strategy=full,hash", "budget=25%", "without_budget=[full]")
     assert run_sweep(tmp_path, *sweep) == 0
     assert run_sweep(tmp_path, *sweep, "exports=[pt2,fbgemm]") == 0
@@ -303,9 +307,14 @@ def test_cells_are_exported_for_their_sizes_even_if_they_were_run_before(tmp_pat
         assert "(2 from an earlier run)" in capsys.readouterr().out
 
 
-def test_kinds_of_exports_that_there_are_not_are_told_before_training(tmp_path, capsys):
+def test_kinds_of_exports_that_there_are_not_are_told_before_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "fit", None)
     assert run_sweep(tmp_path, "-m", "strategy=hash", "budget=25%", "exports=[onxx]") == 1
     assert "no kind of file 'onxx'; did you mean 'onnx'?" in capsys.readouterr().out
+    check_kind.cache_clear()
+    monkeypatch.setitem(sys.modules, "onnxscript", None)  # importing it raises, as if it were not installed
+    assert run_sweep(tmp_path, "-m", "strategy=hash", "budget=25%", "exports=onnx") == 1
+    assert "pip install embcomp[serve]" in capsys.readouterr().out
 
 
 def test_only_the_latest_shared_phases_are_kept(tmp_path, monkeypatch):
