@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from recsys_models.data.rows import MISSING
 from recsys_models.data.sessions.catalogue import Attribute
 from recsys_models.data.sessions.editing import offsets_of
 from recsys_models.data.sessions.raw import RawAttribute
@@ -86,6 +87,27 @@ def log2_buckets(amounts: np.ndarray) -> np.ndarray:
 def last_of_each(keys: np.ndarray) -> np.ndarray:
     """Return the positions, int64 ``(k,)``, of the last occurrence of each distinct key in ``(n,)``."""
     return len(keys) - 1 - np.unique(keys[::-1], return_index=True)[1]
+
+
+def known_before(raw: RawAttribute, moment: float | None) -> RawAttribute:
+    """Return an attribute that changes as it was before a moment; one that does not change as it is.
+
+    Of each item counts the last value before the moment or, where there is none, the first one after it. Values of one
+    time keep their order.
+
+    Args:
+        raw: the attribute.
+        moment: in seconds since 1970; None for the last value of all.
+    """
+    if raw.times is None:
+        return raw
+    late = np.zeros(len(raw.times), np.bool_) if moment is None else raw.times >= moment
+    # Early ones come last and by time, behind late ones whose first comes last.
+    place = np.where(late, np.arange(len(late))[::-1], np.arange(len(late)))
+    order = np.lexsort((place, np.where(late, -raw.times, raw.times), ~late))
+    chosen = order[last_of_each(raw.owners[order])]
+    chosen = chosen[raw.values[chosen] != MISSING]
+    return replace(raw, owners=raw.owners[chosen], values=raw.values[chosen], times=None)
 
 
 def encode_attribute(raw: RawAttribute, item_values: np.ndarray, numbers: np.ndarray, counts: np.ndarray) -> Attribute:

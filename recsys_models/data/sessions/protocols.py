@@ -54,7 +54,7 @@ def last_days(
     """
     ends = np.floor(ends)
     order = np.argsort(ends, kind="stable")
-    middle = ends.max(initial=0) - test_days * DAY
+    middle = begin_of_test(ends, test_days)
     train = select(sequences, order[ends[order] < middle])
     test = select(sequences, order[ends[order] > middle])
     if not keep_unseen:
@@ -62,6 +62,11 @@ def last_days(
         seen[train.items] = True
         test = keep_items(test, seen[test.items])
     return _most_recent(train, fraction), all_prefixes(select(test, np.flatnonzero(test.lengths >= 2)))
+
+
+def begin_of_test(ends: np.ndarray, test_days: int) -> float:
+    """Return when the test of `last_days` begins, in seconds; arguments as there."""
+    return float(np.floor(ends).max(initial=0) - test_days * DAY)
 
 
 def hold_out(sequences: Sequences, share: float, seed: int, name: str) -> tuple[Sequences, Cases]:

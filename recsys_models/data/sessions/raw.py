@@ -42,6 +42,8 @@ class RawAttribute:
             of an item counts.
         is_bag: whether items have any number of values.
         texts: ascending, where values are texts.
+        times: ``(k,)``, since when an item has each value, in seconds since 1970, for attributes that change.
+            `MISSING` among the values then says that an item has none from then on.
     """
 
     name: str
@@ -50,6 +52,7 @@ class RawAttribute:
     values: np.ndarray
     is_bag: bool = False
     texts: np.ndarray | None = None
+    times: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)

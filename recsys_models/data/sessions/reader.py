@@ -10,8 +10,9 @@ import numpy as np
 from recsys_models.data.errors import DataError
 from recsys_models.data.malformed import MalformedLog
 from recsys_models.data.reader import Source, check_at_least, check_one_of
+from recsys_models.data.sessions.attributes import known_before
 from recsys_models.data.sessions.editing import core, group, without_repeats
-from recsys_models.data.sessions.protocols import Parts, hold_out, last_days, leave_one_out
+from recsys_models.data.sessions.protocols import Parts, begin_of_test, hold_out, last_days, leave_one_out
 from recsys_models.data.sessions.raw import Events, RawAttribute, RawSessions
 from recsys_models.data.sessions.sequences import Sequences
 
@@ -86,13 +87,19 @@ class EventReader(SessionReader):
         if self.merge_repeats:
             sequences = without_repeats(sequences)
         sequences, rows = core(sequences, self.min_item_count, self.min_length, self.iterate)
-        parts = self.split(sequences, ends[rows] if ends is not None and events.dated else None)
+        ends = ends[rows] if ends is not None and events.dated else None
+        parts = self.split(sequences, ends)
         keys = values if events.item_texts is None else events.item_texts[values]
-        return RawSessions(parts, keys, attributes)
+        moment = self.test_begins(ends)
+        return RawSessions(parts, keys, tuple(known_before(attribute, moment) for attribute in attributes))
 
     def split(self, sequences: Sequences, ends: np.ndarray | None) -> Parts:
         """Return the parts of the sessions, which ended at ``ends``, ``(S,)``, in seconds; None if it is not known."""
         return leave_one_out(sequences)
+
+    def test_begins(self, ends: np.ndarray | None) -> float | None:
+        """Return when the test period begins, in seconds since 1970; None where there is none."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +157,10 @@ class TimedReader(EventReader):
             )
         train, validation = hold_out(train, self.validation_share, self.split_seed, self.name)
         return Parts(train, validation, test)
+
+    def test_begins(self, ends: np.ndarray | None) -> float | None:
+        """Return when the test period begins."""
+        return None if self.protocol == "leave_one_out" or ends is None else begin_of_test(ends, self.test_days)
 
 
 def check_share(dataset: str, share: float) -> None:

@@ -34,7 +34,8 @@ class Retailrocket(TimedReader):
     """Reads ``events.csv``. A session is what a visitor does without a long break.
 
     Attributes, from the files that are there: category, the latest that ``item_properties_part1.csv`` and
-    ``item_properties_part2.csv`` give an item; and parent, the category above it in ``category_tree.csv``.
+    ``item_properties_part2.csv`` give an item before the test period, or the first in it; and parent, the category
+    above it in ``category_tree.csv``.
 
     Args:
         kinds: events to take, separated by commas: ``view``, ``addtocart``, ``transaction``.
@@ -43,6 +44,7 @@ class Retailrocket(TimedReader):
 
     name: ClassVar[str] = "retailrocket"
     folder: ClassVar[str] = "retailrocket"
+    version: ClassVar[int] = 2
 
     protocol: str = "last_days"
     min_length: int = 2
@@ -72,11 +74,11 @@ class Retailrocket(TimedReader):
         if not paths:
             return Events(sessions, items, times / 1000), ()
         since, keys, categories = gather(block for path in paths for block in _categories(path, log))
-        order = np.argsort(since, kind="stable")
-        last = order[last_of_each(keys[order])]
-        attributes = [RawAttribute("category", keys[last], np.arange(len(last)), categories[last])]
+        known, owners = np.unique(keys, return_inverse=True)
+        attributes = [RawAttribute("category", known, owners, categories, times=since / 1000)]
         if "tree" in files:
-            attributes.append(_parent(keys[last], categories[last], *gather(_tree(files["tree"], log))))
+            parents = _parents(categories, *gather(_tree(files["tree"], log)))
+            attributes.append(RawAttribute("parent", known, owners, parents, times=since / 1000))
         return Events(sessions, items, times / 1000), tuple(attributes)
 
     def _events(self, path: Path, log: MalformedLog) -> Iterator[tuple[np.ndarray, ...]]:
@@ -123,10 +125,9 @@ def _tree(path: Path, log: MalformedLog) -> Iterator[tuple[np.ndarray, ...]]:
         yield categories[use], parents[use]
 
 
-def _parent(keys: np.ndarray, categories: np.ndarray, children: np.ndarray, parents: np.ndarray) -> RawAttribute:
-    """Return the parent of each item's category; those at the root of the tree have none."""
+def _parents(categories: np.ndarray, children: np.ndarray, parents: np.ndarray) -> np.ndarray:
+    """Return the parent of each category, int64 ``(n,)``; `MISSING` of those at the root of the tree."""
     last = last_of_each(children)
-    children, parents = children[last], parents[last]
-    place = np.searchsorted(children, categories)
-    found = np.flatnonzero(np.isin(categories, children))
-    return RawAttribute("parent", keys, found, parents[place[found]])
+    children, parents = np.append(children[last], 0), np.append(parents[last], MISSING)
+    place = np.searchsorted(children[:-1], categories)
+    return np.where(children[place] == categories, parents[place], MISSING)

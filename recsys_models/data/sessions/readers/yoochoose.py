@@ -10,7 +10,7 @@ import numpy as np
 from recsys_models.data.lines import Dialect
 from recsys_models.data.malformed import MalformedLog
 from recsys_models.data.rows import read_rows
-from recsys_models.data.sessions.attributes import TextCoder, last_of_each
+from recsys_models.data.sessions.attributes import TextCoder
 from recsys_models.data.sessions.raw import Events, RawAttribute, gather
 from recsys_models.data.sessions.reader import TimedReader, find_file
 
@@ -24,8 +24,8 @@ _EXPECTED = (
 class Yoochoose(TimedReader):
     """Reads ``yoochoose-clicks.dat``; published figures are on a ``fraction`` of 64 or 4.
 
-    Attribute: category, that of the item's last click in the file. S, a special offer, and 0, none given, are values
-    like others.
+    Attribute: category, that of the item's last click before the test period, or of its first one in it. S, a special
+    offer, and 0, none given, are values like others.
 
     Args:
         file: name of the file of clicks.
@@ -33,6 +33,7 @@ class Yoochoose(TimedReader):
 
     name: ClassVar[str] = "yoochoose"
     folder: ClassVar[str] = "yoochoose"
+    version: ClassVar[int] = 2
 
     protocol: str = "last_days"
     min_length: int = 2
@@ -49,8 +50,8 @@ class Yoochoose(TimedReader):
         coder = TextCoder()
         sessions, items, times, categories = gather(_blocks(files["clicks"], coder, log))
         texts, places = coder.ascending()
-        last = last_of_each(items)
-        category = RawAttribute("category", items[last], np.arange(len(last)), places[categories[last]], texts=texts)
+        keys, owners = np.unique(items, return_inverse=True)
+        category = RawAttribute("category", keys, owners, places[categories], texts=texts, times=times)
         return Events(sessions, items, times), (category,)
 
 

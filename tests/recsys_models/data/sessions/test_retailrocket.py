@@ -74,6 +74,18 @@ def write_properties(root):
     (root / "category_tree.csv").write_text("categoryid,parentid\n11,10\n12,10\n10,\n13,12\n")
 
 
+def test_what_is_told_of_items_in_the_test_period_is_not_known(root, cache):
+    write_properties(root)
+    late = START + 20001 * MINUTE
+    with (root / "item_properties_part1.csv").open("a") as file:
+        file.write(f"{late},1,categoryid,13\n{late + 1},5,categoryid,10\n{late},5,categoryid,11\n{late},3,categoryid,12\n")
+    data = load_sessions("retailrocket", root, cache, **LOOSE)
+    assert values_of(data, "category") == {1: 11, 2: 12, 3: 10, 5: 11}
+    assert values_of(data, "parent") == {1: 10, 2: 10, 3: None, 5: 10}
+    data = load_sessions("retailrocket", root, cache, protocol="leave_one_out", min_item_count=1)
+    assert values_of(data, "category") == {1: 13, 2: 12, 3: 12, 5: 10}
+
+
 def test_categories_are_the_latest_of_both_files(root, cache):
     write_properties(root)
     data = load_sessions("retailrocket", root, cache, **LOOSE)

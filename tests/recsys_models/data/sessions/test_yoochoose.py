@@ -7,7 +7,7 @@ from tests.recsys_models.data.sessions.memory import in_keys, values_of
 DAY = 86_400_000
 CLICKS = [  # session, milliseconds, item, category
     *((1, 5, 70, "0"), (1, 4, 80, "0"), (2, 2 * DAY, 70, "S"), (2, 2 * DAY + 1, 90, "3"), (2, 2 * DAY + 1, 80, "S")),
-    *((3, 3 * DAY, 90, "2089037382"), (3, 3 * DAY + 9, 70, "0"), (4, 9 * DAY, 80, "12"), (4, 9 * DAY + 5, 60, "0")),
+    *((3, 3 * DAY, 90, "2089037382"), (3, 3 * DAY + 9, 70, "0"), (4, 9 * DAY, 80, "12"), (4, 9 * DAY + 5, 60, "7")),
     *((5, 9 * DAY - 3, 90, "S"), (5, 9 * DAY - 2, 80, "S"), (5, 9 * DAY - 1, 60, "0"), (6, 9 * DAY, 70, "0")),
 ]
 LOOSE = {"min_item_count": 1, "validation_share": 0.0}
@@ -39,11 +39,14 @@ def test_clicks_are_split_by_time(path, tmp_path, cache, options):
     assert not data.filters_seen
 
 
-def test_the_category_is_that_of_the_last_click(path, tmp_path, cache):
+def test_the_category_is_that_of_the_last_click_before_the_test(path, tmp_path, cache):
     data = load_sessions("yoochoose", tmp_path, cache, keep_unseen=True, **LOOSE)
-    assert values_of(data, "category") == {70: "0", 80: "S", 90: "S", 60: "0"}
+    # Item 90 is on offer in the test alone; item 60 is new there, and has the category of its first click.
+    assert values_of(data, "category") == {70: "0", 80: "S", 90: "2089037382", 60: "0"}
     (category,) = data.catalogue.attributes
-    assert (category.names.tolist(), category.counts.tolist()) == (["S", "0"], [4, 3, 0])
+    assert (category.names.tolist(), category.counts.tolist()) == (["0", "2089037382", "S"], [3, 2, 2, 0])
+    data = load_sessions("yoochoose", tmp_path, cache, protocol="leave_one_out", min_item_count=1)
+    assert values_of(data, "category") == {70: "0", 80: "12", 90: "S", 60: "7"}
 
 
 def test_leave_one_out_is_there_too(path, tmp_path, cache):
