@@ -36,6 +36,13 @@ def activation_of(name: str) -> nn.Module:
     return ACTIVATIONS[name]()
 
 
+def check_sizes(**sizes: int | None) -> None:
+    """Raise `ConfigError` unless numbers of layers and widths are ints of at least 1, or None."""
+    for name, size in sizes.items():
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ConfigError(f"{name}={size!r}: must be an int of at least 1")
+
+
 def check_dropout(dropout: float) -> float:
     """Return a probability of dropping units.
 

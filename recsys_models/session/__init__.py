@@ -1,6 +1,7 @@
 """Session models: SASRec, BERT4Rec, GRU4Rec, NARM, SR-GNN and M2TRec, on compressed tables of items and attributes."""
 
 from recsys_models.session.bert4rec import BERT4Rec
+from recsys_models.session.distillation import distill_
 from recsys_models.session.encoders import CausalEncoder, Encoder, Examples, GRU4Rec, SASRec, Sessions
 from recsys_models.session.items import Items, ItemTable, MetadataItems
 from recsys_models.session.model import SessionModel
@@ -38,6 +39,7 @@ __all__ = [
     "SessionModel",
     "Sessions",
     "build_session_model",
+    "distill_",
     "get_encoder",
     "model_options",
     "session_specs",

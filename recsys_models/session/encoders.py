@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from embcomp.errors import ConfigError
 from recsys_models.data import NO_TARGET, SessionBatch
-from recsys_models.layers import check_dropout
+from recsys_models.layers import check_dropout, check_sizes
 from recsys_models.session.layers import Transformer, last_of
 
 
@@ -156,8 +155,7 @@ class GRU4Rec(CausalEncoder):
 
     def __init__(self, dim: int, max_length: int, hidden: int = 128, layers: int = 1, dropout: float = 0.2) -> None:
         super().__init__(dim, max_length)
-        if hidden < 1 or layers < 1:
-            raise ConfigError(f"hidden={hidden}, layers={layers}: both must be at least 1")
+        check_sizes(hidden=hidden, layers=layers)
         self.dropout = nn.Dropout(check_dropout(dropout))
         self.recurrent = nn.GRU(dim, hidden, layers, batch_first=True)
         self.out = nn.Identity() if hidden == dim else nn.Linear(hidden, dim)

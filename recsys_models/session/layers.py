@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embcomp.errors import ConfigError
-from recsys_models.layers import activation_of, check_dropout
+from recsys_models.layers import activation_of, check_dropout, check_sizes
 
 
 class Attention(nn.Module):
@@ -21,8 +21,9 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
-        if heads < 1 or dim % heads:
-            raise ConfigError(f"heads={heads}: must be at least 1 and divide the dimension, {dim}")
+        check_sizes(heads=heads)
+        if dim % heads:
+            raise ConfigError(f"heads={heads}: must divide the dimension, {dim}")
         self.heads, self.dropout = heads, dropout
         self.project = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
@@ -124,8 +125,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         check_dropout(dropout)
-        if blocks < 1:
-            raise ConfigError(f"blocks={blocks}: must be at least 1")
+        check_sizes(blocks=blocks, feedforward=feedforward)
         self.positions = nn.Parameter(torch.empty(max_length, dim))
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from embcomp.errors import ConfigError
 from recsys_models.data import NO_TARGET
-from recsys_models.layers import check_dropout
+from recsys_models.layers import check_dropout, check_sizes
 from recsys_models.session.encoders import Encoder, Sessions
 from recsys_models.session.layers import Transformer, inside, last_of
 
@@ -42,6 +42,7 @@ class NARM(Encoder):
         context_dropout: float = 0.5,
     ) -> None:
         super().__init__(dim, max_length)
+        check_sizes(hidden=hidden, layers=layers)
         self.dropout, self.context_dropout = (
             nn.Dropout(check_dropout(dropout)),
             nn.Dropout(check_dropout(context_dropout)),
@@ -77,8 +78,7 @@ class SRGNN(Encoder):
 
     def __init__(self, dim: int, max_length: int, steps: int = 1) -> None:
         super().__init__(dim, max_length)
-        if steps < 1:
-            raise ConfigError(f"steps={steps}: must be at least 1")
+        check_sizes(steps=steps)
         self.steps = steps
         self.incoming, self.outgoing = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.incoming_bias, self.outgoing_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))

@@ -16,9 +16,9 @@ from embcomp.config import check_at_least, check_choice
 from embcomp.errors import ConfigError, did_you_mean
 from recsys_models.data import Attribute, Catalogue
 from recsys_models.session.bert4rec import BERT4Rec
-from recsys_models.session.contrastive import Contrastive
+from recsys_models.session.contrastive import MASKINGS, Contrastive
 from recsys_models.session.encoders import Encoder, GRU4Rec, SASRec
-from recsys_models.session.items import ITEM, OUTPUT, Items, ItemTable, MetadataItems
+from recsys_models.session.items import ITEM, OUTPUT, POOLINGS, Items, ItemTable, MetadataItems
 from recsys_models.session.model import SessionModel
 from recsys_models.session.objectives import Objective, ObjectiveConfig
 from recsys_models.session.prefix_encoders import NARM, SRGNN, M2TRec
@@ -77,6 +77,8 @@ class ModelConfig(ObjectiveConfig):
         if self.items is not None:
             check_choice(self, "items", ("id", "metadata", "hybrid"))
         check_choice(self, "head", ("tied", "free"))
+        check_choice(self, "bag_pooling", POOLINGS)
+        check_choice(self, "ssl_masking", MASKINGS)
         check_choice(self, "windows", ("last", "all"))
         check_at_least(self, "max_length", 1)
         check_at_least(self, "ssl_weight", 0)
@@ -96,13 +98,13 @@ class ModelConfig(ObjectiveConfig):
         Raises:
             ConfigError: if the catalogue has none, or lacks one of them.
         """
+        named = () if self.attributes is None else self.attributes.split(",")
+        chosen = tuple(_attribute(catalogue, name.strip()) for name in named)
         if self.items == "id":
             return ()
         if not catalogue.attributes:
             raise ConfigError(f"items={self.items!r} needs attributes, and this catalogue has none: use items='id'")
-        if self.attributes is None:
-            return catalogue.attributes
-        return tuple(_attribute(catalogue, name.strip()) for name in self.attributes.split(","))
+        return chosen or catalogue.attributes
 
 
 def get_encoder(name: str) -> type[Encoder]:
