@@ -78,7 +78,9 @@ def test_what_is_told_of_items_in_the_test_period_is_not_known(root, cache):
     write_properties(root)
     late = START + 20001 * MINUTE
     with (root / "item_properties_part1.csv").open("a") as file:
-        file.write(f"{late},1,categoryid,13\n{late + 1},5,categoryid,10\n{late},5,categoryid,11\n{late},3,categoryid,12\n")
+        file.write(
+            f"{late},1,categoryid,13\n{late + 1},5,categoryid,10\n{late},5,categoryid,11\n{late},3,categoryid,12\n"
+        )
     data = load_sessions("retailrocket", root, cache, **LOOSE)
     assert values_of(data, "category") == {1: 11, 2: 12, 3: 10, 5: 11}
     assert values_of(data, "parent") == {1: 10, 2: 10, 3: None, 5: 10}
