@@ -55,6 +55,9 @@ class OptEmbedConfig(PrunedConfig):
         crossovers: candidates by crossover, per generation.
         parents: best candidates that parents are drawn from.
         mutation_probability: of each field's width.
+        finalist_epochs: for which each finalist, the best of those whose largest tables have the same widths, is trained
+            from the supernet's weights before they are compared: on shared weights alone, rows of few values and few
+            rows of more are not told apart well. 0 for not at all, as in the paper.
         supernet_epochs: at most; None for as many as the loop is told.
         supernet_patience: evaluations without improvement that end the supernet; the paper has 1.
         retrain_from: ``"initial"``: the last phase begins with the first weights, as in the paper; ``"supernet"``: it
@@ -77,6 +80,7 @@ class OptEmbedConfig(PrunedConfig):
     crossovers: int = 10
     parents: int = 15
     mutation_probability: float = 0.1
+    finalist_epochs: int = 1
     supernet_epochs: int | None = None
     supernet_patience: int | None = None
     retrain_from: str = "initial"
@@ -89,7 +93,7 @@ class OptEmbedConfig(PrunedConfig):
         check_choice(self, "retrain_from", STARTS)
         for field in ("generations", "mutations", "parents", "supernet_epochs", "supernet_patience"):
             check_at_least(self, field, 1)
-        for field in ("crossovers", "alpha", "threshold_lr", "decay"):
+        for field in ("crossovers", "finalist_epochs", "alpha", "threshold_lr", "decay"):
             check_at_least(self, field, 0)
         if self.norm not in (1, 2):
             raise ConfigError(f"OptEmbedConfig(norm={self.norm!r}): must be 1 or 2")
@@ -122,7 +126,8 @@ class OptEmbedTables(PrunedTables):
     less than a row, so that every candidate of the search has its price and the result is as small as was asked;
     without one it is as small as it happens to be. A learned matrix per table, cut like the rows, lets narrow rows take
     part in all dimensions, and narrow widths are drawn as often as wide ones. The search keeps the best candidates of
-    all rounds, never evaluates one twice, and its finalists are compared with batch norms of their own.
+    all rounds, never evaluates one twice, and its finalists are trained a little, and compared with batch norms of
+    their own.
     """
 
     config: OptEmbedConfig
@@ -247,8 +252,12 @@ class OptEmbedTables(PrunedTables):
             patience=config.supernet_patience,
             any_budget=config.score != "taylor",  # whose scores are no weights
         )
-        search = (Phase("search", kind="search"),) if config.search_dims else ()
-        return (supernet, *search, Phase("retrain", penalty=False, rewind=config.retrain_from == "initial"))
+        search = Phase("search", kind="search", epochs=config.finalist_epochs or None)
+        return (
+            supernet,
+            *([search] if config.search_dims else []),
+            Phase("retrain", penalty=False, rewind=config.retrain_from == "initial"),
+        )
 
     def enter_phase_(self, phase: Phase) -> None:
         if self.config.score in ("norm_frequency", "frequency") and not self._has_frequency:
@@ -304,7 +313,12 @@ class OptEmbedTables(PrunedTables):
             seeds=_seeds(self.sizes, dim),
             power=1.0 if config.sampling == "log_uniform" else 0.0,
             seed=config.seed,
+            kind=self._kind,
         )
+
+    def _kind(self, candidate: Candidate) -> tuple[int, ...]:
+        """The widths of the largest tables: what others have costs little, and tells candidates little apart."""
+        return tuple(candidate[table] for table in _largest(self.sizes))
 
     def show_(self, candidates: Sequence[Candidate]) -> None:
         budget, device = self._row_budget(), self.kept.device
@@ -405,12 +419,15 @@ def _seeds(sizes: Sequence[int], dim: int) -> list[Candidate]:
     """
     widths = sorted({dim, *(-(-dim // 2**power) for power in range(1, dim.bit_length() + 1))}, reverse=True)
     uniform = [(width,) * len(sizes) for width in widths]
-    largest = sorted(range(len(sizes)), key=lambda table: -sizes[table])[:_LARGEST]
     changed = [
         (*base[:table], width, *base[table + 1 :])
         for base in uniform
-        for table in largest
+        for table in _largest(sizes)
         for width in widths
         if width != base[table]
     ]
     return list(dict.fromkeys([*uniform, *changed]))
+
+
+def _largest(sizes: Sequence[int]) -> list[int]:
+    return sorted(range(len(sizes)), key=lambda table: -sizes[table])[:_LARGEST]
