@@ -55,9 +55,9 @@ class OptEmbedConfig(PrunedConfig):
         crossovers: candidates by crossover, per generation.
         parents: best candidates that parents are drawn from.
         mutation_probability: of each field's width.
-        finalist_epochs: for which each finalist, the best of those whose largest tables have the same widths, is trained
-            from the supernet's weights before they are compared: on shared weights alone, rows of few values and few
-            rows of more are not told apart well. 0 for not at all, as in the paper.
+        finalist_epochs: that each finalist, the best of those whose largest tables have the same widths, is trained
+            from the supernet's weights before they are compared: weights that all forms share don't tell well whether
+            many narrow rows are better than fewer wide ones. 0 for none, as in the paper.
         supernet_epochs: at most; None for as many as the loop is told.
         supernet_patience: evaluations without improvement that end the supernet; the paper has 1.
         retrain_from: ``"initial"``: the last phase begins with the first weights, as in the paper; ``"supernet"``: it
@@ -253,11 +253,8 @@ class OptEmbedTables(PrunedTables):
             any_budget=config.score != "taylor",  # whose scores are no weights
         )
         search = Phase("search", kind="search", epochs=config.finalist_epochs or None)
-        return (
-            supernet,
-            *([search] if config.search_dims else []),
-            Phase("retrain", penalty=False, rewind=config.retrain_from == "initial"),
-        )
+        retrain = Phase("retrain", penalty=False, rewind=config.retrain_from == "initial")
+        return (supernet, search, retrain) if config.search_dims else (supernet, retrain)
 
     def enter_phase_(self, phase: Phase) -> None:
         if self.config.score in ("norm_frequency", "frequency") and not self._has_frequency:

@@ -260,7 +260,8 @@ def test_finalists_are_compared_as_they_are_after_some_training_each_from_the_sa
     assert result.candidate != max(adapt.finalists, key=value_of)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert not any(p.requires_grad for p in phases.parameters())
-    assert model.training and not model.frozen.training
+    assert model.training
+    assert not model.frozen.training
 
 
 def test_an_interrupted_adaptation_leaves_the_weights_and_begins_again():
