@@ -16,6 +16,7 @@ from recsys_models.metrics import evaluate
 from recsys_models.training import Callback, TrainingConfig, fit
 from recsys_models.training.click_search import ClickSearch
 from recsys_models.training.clicks import ClickTask
+from recsys_models.training.run import Run
 from tests.recsys_models.killer import Killed, Killer
 from tests.recsys_models.tiny import SIZES, tiny_log, tiny_model
 
@@ -306,6 +307,40 @@ def test_the_result_tells_the_phases_apart():
     assert result.epochs == 4
 
 
+class WeightsAt(Callback):
+    """Keeps the rows that a phase begins with."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def on_phase_start(self, model, phase):
+        if phase.name == self.name:
+            self.rows = model.tables.rows.weight.detach().clone()
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_finalists_are_trained_before_they_are_compared_and_weights_are_as_before(epochs, monkeypatch):
+    plain, step, losses = WeightsAt("search"), Run._step, []
+
+    def noting(self, batch):
+        found = step(self, batch)
+        if self.name == "finalist":
+            losses.append(float(found))
+            assert self.model.tables.stage == "candidates"
+        return found
+
+    monkeypatch.setattr(Run, "_step", noting)
+    after = WeightsAt("retrain")
+    model = model_of(finalist_epochs=epochs, retrain_from="supernet")
+    result = fit(model, DATA, config(max_steps=8), callbacks=[plain, after])
+    assert len(losses) == (5 * 8 if epochs else 0)  # 20 steps, of which 8 are allowed
+    assert torch.equal(after.rows, plain.rows)
+    assert result.steps == 16
+    if epochs:
+        firsts, lasts = losses[::8], losses[7::8]
+        assert sum(lasts) < sum(firsts)
+
+
 def test_the_supernet_has_limits_of_its_own():
     model = model_of(supernet_epochs=1, supernet_patience=1, search_dims=False)
     result = fit(model, DATA, config(epochs=3, eval_steps=None))
@@ -366,6 +401,8 @@ def test_bug_selection_on_the_test_split_no_phase_touches_it(variant):
 
 
 def test_bug_stale_batch_norm_statistics_finalists_are_recalibrated_on_training_rows(monkeypatch):
+    plain = model_of(finalist_epochs=0)
+    fit(plain, DATA, CONFIG)
     seen, recalibrate = [], ClickSearch.recalibrate
 
     def noting(self):
@@ -376,11 +413,11 @@ def test_bug_stale_batch_norm_statistics_finalists_are_recalibrated_on_training_
         seen.append((norm.num_batches_tracked.item(), norm.running_mean.clone()))
 
     monkeypatch.setattr(ClickSearch, "recalibrate", noting)
-    model = model_of()
+    model = model_of(finalist_epochs=0)
     fit(model, DATA, CONFIG)
     assert [batches for batches, _ in seen] == [10] * 6  # all of the epoch, being fewer than twenty
     assert len({tuple(mean.tolist()) for _, mean in seen}) == 5  # the last is of what was adopted, one of the five
-    assert_same(state(model), whole("plain")[1])
+    assert_same(state(model), state(plain))
 
 
 def test_bug_stale_batch_norm_statistics_what_is_served_without_retraining_has_its_own():
