@@ -34,6 +34,11 @@ PLACES = (
 _WITHIN = (("training", "progress"), ("training", "seed"), ("strategy", "seed"))
 """The same one level deeper; the seeds are those of the cell."""
 
+_LATER = {("training", "plateau_patience"): 1, ("strategy", "finalist_epochs"): 0}
+"""Options that came when there were results already -> the value that means what was done before.
+
+With that value they are not part of the identity, so that those results stand."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -85,6 +90,9 @@ class Cell:
         values = {name: copy.deepcopy(value) for name, value in self.config.items() if name not in PLACES}
         for group, name in _WITHIN:
             values[group].pop(name, None)
+        for (group, name), before in _LATER.items():
+            if values[group].get(name) == before:
+                del values[group][name]
         return {**values, "budget": self.budget}
 
     @cached_property

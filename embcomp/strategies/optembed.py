@@ -80,7 +80,7 @@ class OptEmbedConfig(PrunedConfig):
     crossovers: int = 10
     parents: int = 15
     mutation_probability: float = 0.1
-    finalist_epochs: int = 1
+    finalist_epochs: int = 0
     supernet_epochs: int | None = None
     supernet_patience: int | None = None
     retrain_from: str = "initial"

@@ -34,9 +34,11 @@ class TrainingConfig:
             ``"mrr@20"``, … of sessions; None for the task's first.
         min_delta: a smaller improvement is none.
         patience: evaluations in a row without improvement after which training stops; None for never.
-        plateau_factor: what learning rates are multiplied by after an evaluation without improvement; 1 for never.
-        plateau_rewind: whether training goes on from the weights of the best evaluation after one without improvement,
-            instead of from where it is: tables overfit within an epoch, and a lower learning rate does not undo that.
+        plateau_factor: what learning rates are multiplied by at a plateau; 1 for never.
+        plateau_patience: evaluations in a row without improvement that are a plateau. With 1, chance says when rates
+            fall; ``patience`` should be as many times higher.
+        plateau_rewind: whether training goes on from the weights of the best evaluation after a plateau, instead of
+            from where it is: tables overfit within an epoch, and a lower learning rate does not undo that.
         min_learning_rate: learning rates don't fall below.
         clip_norm: gradients are scaled down to this Euclidean norm; None for no limit.
         restore_best: whether the model ends with the weights of the best evaluation, or with the last.
@@ -63,6 +65,7 @@ class TrainingConfig:
     min_delta: float = 1e-6
     patience: int | None = 2
     plateau_factor: float = 0.1
+    plateau_patience: int = 1
     plateau_rewind: bool = False
     min_learning_rate: float = 1e-6
     clip_norm: float | None = 10.0
@@ -85,6 +88,7 @@ class TrainingConfig:
             "max_steps",
             "eval_steps",
             "patience",
+            "plateau_patience",
             "search_at_once",
         ):
             check_at_least(self, field, 1)

@@ -214,10 +214,8 @@ class Run:
                 self.best_weights = {name: checkpoint.to_cpu(t) for name, t in self.model.state_dict().items()}
         elif self._is_rounding():
             progress.bad_evaluations += 1
-            self._lower_learning_rates()
-            if self.config.plateau_rewind and self.best_weights:
-                with resetting_rows(self.phases.groups, *self.optimizers):
-                    self.model.load_state_dict(self.best_weights)
+            if progress.bad_evaluations % self.config.plateau_patience == 0:
+                self._leave_plateau()
         for callback in self.callbacks:
             callback.on_evaluation(self.model, evaluation)
         self.save()
@@ -229,11 +227,14 @@ class Run:
             return True
         return self.sign * (metrics[self.monitor] - best.metrics[self.monitor]) > self.config.min_delta
 
-    def _lower_learning_rates(self) -> None:
+    def _leave_plateau(self) -> None:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 lowered = max(group["lr"] * self.config.plateau_factor, self.config.min_learning_rate)
                 group["lr"] = min(group["lr"], lowered)
+        if self.config.plateau_rewind and self.best_weights:
+            with resetting_rows(self.phases.groups, *self.optimizers):
+                self.model.load_state_dict(self.best_weights)
 
     def _result(self, stopped: str) -> PhaseResult:
         progress, best = self.progress, self.progress.best
