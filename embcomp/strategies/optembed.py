@@ -126,8 +126,7 @@ class OptEmbedTables(PrunedTables):
     less than a row, so that every candidate of the search has its price and the result is as small as was asked;
     without one it is as small as it happens to be. A learned matrix per table, cut like the rows, lets narrow rows take
     part in all dimensions, and narrow widths are drawn as often as wide ones. The search keeps the best candidates of
-    all rounds, never evaluates one twice, and its finalists are trained a little, and compared with batch norms of
-    their own.
+    all rounds, never evaluates one twice, and its finalists are compared with batch norms of their own.
     """
 
     config: OptEmbedConfig
@@ -310,7 +309,7 @@ class OptEmbedTables(PrunedTables):
             seeds=_seeds(self.sizes, dim),
             power=1.0 if config.sampling == "log_uniform" else 0.0,
             seed=config.seed,
-            kind=self._kind,
+            kind=self._kind if config.finalist_epochs else None,
         )
 
     def _kind(self, candidate: Candidate) -> tuple[int, ...]:

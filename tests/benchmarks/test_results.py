@@ -71,6 +71,7 @@ def test_cells_are_the_same_where_results_would_be():
         {"overwrite": True},
         {"label": "other"},
         {"training": {**cell.config["training"], "progress": False}},
+        {"training": {**cell.config["training"], "plateau_patience": 1}},  # of results before there was the option
     ):
         assert cell_of(**same).digest == cell.digest, same
     for other in (
@@ -79,6 +80,7 @@ def test_cells_are_the_same_where_results_would_be():
         {"embedding_dim": 8},
         {"strategy": {"name": "hash", "seed": 0, "num_hashes": 2}},
         {"training": {**cell.config["training"], "batch_size": 128}},
+        {"training": {**cell.config["training"], "plateau_patience": 2}},
     ):
         assert cell_of(**other).digest != cell.digest, other
 

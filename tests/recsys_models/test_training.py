@@ -210,6 +210,22 @@ def test_a_plateau_can_rewind_to_the_best_weights(monkeypatch):
         assert_same(seen[2], seen[1])
 
 
+def test_rates_can_wait_for_several_evaluations_without_improvement(monkeypatch):
+    data, after = tiny_log(), []
+
+    class Recorder(Callback):
+        def on_evaluation(self, model, evaluation):
+            after.append(state(model))
+
+    seen = scripted(monkeypatch, [0.6, 0.7, 0.65, 0.8, 0.75, 0.7, 0.75, 0.6, 0.9])
+    settings = config(epochs=50, plateau_patience=2, patience=4, plateau_rewind=True, restore_best=False)
+    result = fit(seeded(data), data, settings, callbacks=[Recorder()])
+    assert (result.epochs, result.stopped, result.best.epoch) == (8, "patience", 4)
+    assert [e.learning_rate for e in result.history] == pytest.approx([1e-2] * 6 + [1e-3] * 2)
+    for place, expected in enumerate((0, 1, 2, 3, 4, 3, 6, 3)):  # back to the fourth at the second bad one of each pair
+        assert_same(after[place], seen[expected])
+
+
 def test_bug_a_rewind_that_gives_rows_back_clears_their_optimizer_state(monkeypatch):
     data, owners, sums = tiny_log(), [], []
     strategy = DynamicConfig(num_slots={"f0": 20, "f1": 6, "f2": 2}, interval=3)
@@ -523,6 +539,7 @@ def test_splits_that_cannot_be_used():
         ({"learning_rate": math.nan}, "above 0"),
         ({"embedding_l2": -1.0}, "at least 0"),
         ({"plateau_factor": 2.0}, "at most 1"),
+        ({"plateau_patience": 0}, "plateau_patience=0"),
         ({"patience": 0}, "patience=0"),
     ],
 )
