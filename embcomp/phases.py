@@ -17,7 +17,7 @@ class Phase:
     Attributes:
         name: what it is, for people and checkpoints; different within a method.
         kind: ``"train"``: steps by gradients; ``"search"``: the tables choose among candidates by asking for
-            evaluations, and no weight is another afterwards.
+            evaluations, and no weight changes.
         trains: which parameters are trained: ``"network"`` (all that are not the tables'), ``"tables"`` (rows, scales,
             projections), ``"architecture"`` (those of `EmbeddingTables.architecture`, by optimizers of their own).
         penalty: whether the tables' `penalty` is added to the loss.
@@ -27,8 +27,7 @@ class Phase:
         passes: names of the lookup modes that every step runs the model in, one after the other on the same batch; the
             loss is the mean over them. Empty for one plain pass. Statistics of batch norms follow the first.
         distill: weight of the divergence of the other passes' predictions from those of the first.
-        epochs: at most so many; None for as many as the loop is told. Of a search: how many each finalist is trained
-            for before they are compared, None for not at all.
+        epochs: at most so many; None for as many as the loop is told.
         patience: evaluations without improvement after which the phase stops; None for as the loop is told.
         any_budget: whether it is the same for every budget, so that of a sweep over budgets one run can do it for all.
             `Phases.weights` is then all that the phases after it need of it.

@@ -55,9 +55,6 @@ class OptEmbedConfig(PrunedConfig):
         crossovers: candidates by crossover, per generation.
         parents: best candidates that parents are drawn from.
         mutation_probability: of each field's width.
-        finalist_epochs: that each finalist, the best of those whose largest tables have the same widths, is trained
-            from the supernet's weights before they are compared: weights that all forms share don't tell well whether
-            many narrow rows are better than fewer wide ones. 0 for none, as in the paper.
         supernet_epochs: at most; None for as many as the loop is told.
         supernet_patience: evaluations without improvement that end the supernet; the paper has 1.
         retrain_from: ``"initial"``: the last phase begins with the first weights, as in the paper; ``"supernet"``: it
@@ -80,7 +77,6 @@ class OptEmbedConfig(PrunedConfig):
     crossovers: int = 10
     parents: int = 15
     mutation_probability: float = 0.1
-    finalist_epochs: int = 0
     supernet_epochs: int | None = None
     supernet_patience: int | None = None
     retrain_from: str = "initial"
@@ -93,7 +89,7 @@ class OptEmbedConfig(PrunedConfig):
         check_choice(self, "retrain_from", STARTS)
         for field in ("generations", "mutations", "parents", "supernet_epochs", "supernet_patience"):
             check_at_least(self, field, 1)
-        for field in ("crossovers", "finalist_epochs", "alpha", "threshold_lr", "decay"):
+        for field in ("crossovers", "alpha", "threshold_lr", "decay"):
             check_at_least(self, field, 0)
         if self.norm not in (1, 2):
             raise ConfigError(f"OptEmbedConfig(norm={self.norm!r}): must be 1 or 2")
@@ -251,9 +247,8 @@ class OptEmbedTables(PrunedTables):
             patience=config.supernet_patience,
             any_budget=config.score != "taylor",  # whose scores are no weights
         )
-        search = Phase("search", kind="search", epochs=config.finalist_epochs or None)
-        retrain = Phase("retrain", penalty=False, rewind=config.retrain_from == "initial")
-        return (supernet, search, retrain) if config.search_dims else (supernet, retrain)
+        search = (Phase("search", kind="search"),) if config.search_dims else ()
+        return (supernet, *search, Phase("retrain", penalty=False, rewind=config.retrain_from == "initial"))
 
     def enter_phase_(self, phase: Phase) -> None:
         if self.config.score in ("norm_frequency", "frequency") and not self._has_frequency:
@@ -309,12 +304,7 @@ class OptEmbedTables(PrunedTables):
             seeds=_seeds(self.sizes, dim),
             power=1.0 if config.sampling == "log_uniform" else 0.0,
             seed=config.seed,
-            kind=self._kind if config.finalist_epochs else None,
         )
-
-    def _kind(self, candidate: Candidate) -> tuple[int, ...]:
-        """The widths of the largest tables: what others have costs little, and tells candidates little apart."""
-        return tuple(candidate[table] for table in _largest(self.sizes))
 
     def show_(self, candidates: Sequence[Candidate]) -> None:
         budget, device = self._row_budget(), self.kept.device
@@ -415,15 +405,12 @@ def _seeds(sizes: Sequence[int], dim: int) -> list[Candidate]:
     """
     widths = sorted({dim, *(-(-dim // 2**power) for power in range(1, dim.bit_length() + 1))}, reverse=True)
     uniform = [(width,) * len(sizes) for width in widths]
+    largest = sorted(range(len(sizes)), key=lambda table: -sizes[table])[:_LARGEST]
     changed = [
         (*base[:table], width, *base[table + 1 :])
         for base in uniform
-        for table in _largest(sizes)
+        for table in largest
         for width in widths
         if width != base[table]
     ]
     return list(dict.fromkeys([*uniform, *changed]))
-
-
-def _largest(sizes: Sequence[int]) -> list[int]:
-    return sorted(range(len(sizes)), key=lambda table: -sizes[table])[:_LARGEST]

@@ -34,33 +34,24 @@ def recalibrated(model: nn.Module, run: Run) -> Iterator[None]:
     """Inside, the model is in evaluation mode, with statistics as of `recalibrate_`; afterwards it is as it was."""
     norms = _norms(model)
     kept = [(norm, norm.momentum, {name: b.clone() for name, b in norm.named_buffers()}) for norm in norms]
-    with modes_kept(model):
-        try:
-            model.eval()
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # the mean over all batches
-                norm.train()
-            if norms:
-                with torch.no_grad():
-                    run()
-            for norm in norms:
-                norm.eval()
-            yield
-        finally:
-            for norm, momentum, buffers in kept:
-                norm.momentum = momentum
-                for name, buffer in norm.named_buffers():
-                    buffer.copy_(buffers[name])
-
-
-@contextlib.contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards, all modules are in the mode, of training or of evaluation, that they were in before."""
     modes = [(module, module.training) for module in model.modules()]
     try:
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+            norm.train()
+        if norms:
+            with torch.no_grad():
+                run()
+        for norm in norms:
+            norm.eval()
         yield
     finally:
+        for norm, momentum, buffers in kept:
+            norm.momentum = momentum
+            for name, buffer in norm.named_buffers():
+                buffer.copy_(buffers[name])
         for module, mode in modes:  # parents come first, so that parts of another mode have the last word
             if module.training != mode:
                 module.train(mode)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,7 +37,6 @@ class Evolution(Search):
         seeds: candidates of the first round; random ones fill it up to the size of the others.
         power: random values v are drawn in proportion to ``v ** -power``: 0 for uniform, 1 for log-uniform draws.
         seed: of all draws.
-        kind: of a candidate; finalists are the best of different kinds. None for each being one of its own.
     """
 
     def __init__(
@@ -54,13 +53,12 @@ class Evolution(Search):
         seeds: Sequence[Candidate] = (),
         power: float = 0.0,
         seed: int = 0,
-        kind: Callable[[Candidate], Hashable] | None = None,
     ) -> None:
         super().__init__()
         self.low, self.high = tuple(low), tuple(high)
         self.generations, self.num_mutations, self.num_crossovers = generations, num_mutations, num_crossovers
         self.num_parents, self.mutation_probability, self.patience = num_parents, mutation_probability, patience
-        self.repair, self.seeds, self.kind = repair, tuple(seeds), kind
+        self.repair, self.seeds = repair, tuple(seeds)
         values = [np.arange(lowest, highest + 1) for lowest, highest in zip(self.low, self.high, strict=True)]
         shares = [np.maximum(value, 1.0) ** -power for value in values]
         self._draws = [(value, share / share.sum()) for value, share in zip(values, shares, strict=True)]
@@ -106,14 +104,6 @@ class Evolution(Search):
     @property
     def progress(self) -> tuple[int, int]:
         return self.generation, self.generations
-
-    def finalists(self, number: int) -> list[Candidate]:
-        if self.kind is None:
-            return super().finalists(number)
-        best: dict[Hashable, Candidate] = {}
-        for candidate in self.best(len(self.known)):
-            best.setdefault(self.kind(candidate), candidate)
-        return list(best.values())[:number]
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 

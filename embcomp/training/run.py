@@ -18,7 +18,7 @@ from embcomp.hooks import Loss, Predict, TrainingStep
 from embcomp.phases import PLAIN, Phase
 from embcomp.sites import find_groups
 from embcomp.tables import EmbeddingTables
-from embcomp.training.batch_norms import modes_kept, unmoved
+from embcomp.training.batch_norms import unmoved
 from embcomp.training.reassigned import step_tables_
 from embcomp.training.search import Search
 from embcomp.training.searching import (
@@ -236,7 +236,6 @@ class Phases:
         checkpoint: str | Path | None = None,
         report: Report | None = None,
         keep_checkpoint: bool = False,
-        adapt: Callable[[int], None] | None = None,
     ) -> SearchResult:
         """Run the search of this phase, and adopt what it finds; several groups are searched one after the other.
 
@@ -258,10 +257,6 @@ class Phases:
             keep_checkpoint: leave the checkpoint's files when the search is over, for a loop that saves the model next
                 and deletes them then: killed in between, it goes on from what was found. False deletes them.
 
-            adapt: trains the model for so many epochs with a new optimizer of `parameters`, as in a phase of training.
-                Called for every finalist where the phase has `Phase.epochs`, always with the same random numbers;
-                afterwards weights are as before. None to compare finalists on the weights that there are.
-
         Returns:
             What the search came to; of several groups, the last one's, whose value is that of all together.
 
@@ -273,9 +268,7 @@ class Phases:
         """
         if not self.phase.is_search:
             raise ConfigError(f"phase {self.phase.name!r} is no search: there is nothing to search for")
-        epochs = self.phase.epochs
-        adapted = None if adapt is None or epochs is None else partial(self._adapted, partial(adapt, epochs))
-        loop = SearchLoop(self.model, evaluate, evaluate_many, recalibrate, at_once, num_finalists, report, adapted)
+        loop = SearchLoop(self.model, evaluate, evaluate_many, recalibrate, at_once, num_finalists, report)
         searching = self._concerned(self.phase)
         paths = self._search_paths(checkpoint, len(searching))
         for number in range(len(self._found), len(searching)):  # those before were found before it was interrupted
@@ -290,24 +283,6 @@ class Phases:
         return result
 
     # ---- inside -----------------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _adapted(self, adapt: Callable[[], None]) -> Iterator[None]:
-        """Inside, the model is as ``adapt`` has trained it; afterwards it is as it was."""
-        trained, weights = self.parameters(), {name: t.detach().clone() for name, t in self.weights().items()}
-        devices = {p.device for p in trained if p.device.type == "cuda"}
-        with modes_kept(self.model), torch.random.fork_rng(devices):
-            torch.manual_seed(0)
-            try:
-                for p in trained:
-                    p.requires_grad_(True)
-                adapt()
-                yield
-            finally:
-                for p in trained:
-                    p.requires_grad_(False)
-                    p.grad = None
-                self.load_weights_(weights)
 
     def _search_paths(self, checkpoint: str | Path | None, number: int) -> Sequence[Path | None]:
         if checkpoint is None:

@@ -23,7 +23,6 @@ from embcomp.training.search import Candidate, Search
 Evaluate = Callable[[], float]
 EvaluateMany = Callable[[int], Sequence[float]]
 Report = Callable[[int, int, float, int | None], None]
-Adapted = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,7 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class SearchLoop:
-    """How candidates are evaluated; arguments as those of `embcomp.training.Phases.search_`.
-
-    ``adapted`` makes contexts in which the model has been trained for a while; None to compare finalists as they are.
-    """
+    """How candidates are evaluated; arguments as those of `embcomp.training.Phases.search_`."""
 
     model: nn.Module
     evaluate: Evaluate
@@ -55,7 +51,6 @@ class SearchLoop:
     at_once: int = 8
     num_finalists: int = 5
     report: Report | None = None
-    adapted: Adapted | None = None
 
     def __post_init__(self) -> None:
         for name in ("at_once", "num_finalists"):
@@ -97,18 +92,14 @@ class SearchLoop:
         return values
 
     def _best(self, tables: EmbeddingTables, search: Search) -> tuple[Candidate, float]:
-        """The best of the finalists by the full evaluation, adapted, and batch norms recalibrated for each."""
-        if self.evaluate_many is None and self.recalibrate is None and self.adapted is None:
+        """The best of the finalists by the full evaluation, batch norms recalibrated for each."""
+        if self.evaluate_many is None and self.recalibrate is None:
             chosen = search.finalists(1)[0]
             return chosen, search.known[chosen]
         values: dict[Candidate, float] = {}
         for candidate in search.finalists(self.num_finalists):
             tables.show_([candidate])
-            with contextlib.ExitStack() as inside:
-                if self.adapted is not None:
-                    inside.enter_context(self.adapted())
-                if self.recalibrate is not None:
-                    inside.enter_context(recalibrated(self.model, self.recalibrate))
+            with contextlib.nullcontext() if self.recalibrate is None else recalibrated(self.model, self.recalibrate):
                 values.update(zip([candidate], _checked([self.evaluate()], [candidate]), strict=True))
         chosen = max(values, key=lambda candidate: values[candidate])
         return chosen, values[chosen]

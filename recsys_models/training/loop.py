@@ -183,26 +183,11 @@ class _Training:
                 checkpoint=None if self.path is None else self.path.with_name(SEARCH_FILE),
                 keep_checkpoint=True,
                 report=report,
-                adapt=self._adapt,
             )
         size = sum(tables.memory().serve_bytes for tables in self.phases.groups)
         logger.info("%s: %s of %d candidates, %d B", self.task.name, found.candidate, found.num_evaluated, size)
         seconds = time.perf_counter() - started
         return PhaseResult(phase.name, 0, 0, 0, seconds, "search", None, (), found.candidate, found.num_evaluated)
-
-    def _adapt(self, epochs: int) -> None:
-        """Train a finalist of a search."""
-        config = replace(
-            self.config,
-            epochs=epochs,
-            patience=None,
-            eval_steps=None,
-            float_epochs=0,
-            restore_best=False,
-            plateau_rewind=False,
-            progress=False,
-        )
-        Run("finalist", self.phases, self.model, self.task, config, self.device, (), lambda: None).run()
 
     def _result(self) -> TrainingResult:
         trained = [phase for phase in self.done if phase.best is not None]

@@ -46,23 +46,20 @@ def train(model, train_batches, validation_batches, epochs=3, learning_rate=0.02
         for inputs, _ in train_batches:
             model(inputs)
 
-    def train_for(number):
-        optimizer = torch.optim.Adam(phases.parameters(), learning_rate)
-        for _ in range(number):
-            model.train()
-            for batch in train_batches:
-                optimizer.zero_grad()
-                phases.loss(*parts(*batch)).backward()
-                optimizer.step()
-                phases.step_()
-                if phases.phase.bilevel:
-                    phases.architecture_step_(*parts(*next(validation)))
-
     for phase in phases:
         phases.enter_(phase)
         if phase.is_search:
-            phases.search_(quality, recalibrate=run_on_train_batches, checkpoint=checkpoint, adapt=train_for)
+            phases.search_(quality, recalibrate=run_on_train_batches, checkpoint=checkpoint)
         else:
-            train_for(phase.epochs or epochs)
+            optimizer = torch.optim.Adam(phases.parameters(), learning_rate)
+            for _ in range(phase.epochs or epochs):
+                model.train()
+                for batch in train_batches:
+                    optimizer.zero_grad()
+                    phases.loss(*parts(*batch)).backward()
+                    optimizer.step()
+                    phases.step_()
+                    if phase.bilevel:
+                        phases.architecture_step_(*parts(*next(validation)))
         phases.leave_(phase)
     return phases

@@ -16,7 +16,6 @@ from recsys_models.metrics import evaluate
 from recsys_models.training import Callback, TrainingConfig, fit
 from recsys_models.training.click_search import ClickSearch
 from recsys_models.training.clicks import ClickTask
-from recsys_models.training.run import Run
 from tests.recsys_models.killer import Killed, Killer
 from tests.recsys_models.tiny import SIZES, tiny_log, tiny_model
 
@@ -75,7 +74,7 @@ VARIANTS = {
     "plain": {},
     "bilevel": {"bilevel": True, "decay": 0.01, "score": "taylor", "pruned": "zero", "threshold_lr": 0.5},
     "rows alone": {"search_dims": False, "rows": "int8", "threshold_per_id": True, "projection": "none"},
-    "widths alone": {"prune_rows": False, "retrain_from": "supernet", "finalist_epochs": 1},
+    "widths alone": {"prune_rows": False, "retrain_from": "supernet"},
 }
 KILLS = {
     "plain": [("supernet", 3), ("supernet", 15), ("evaluate_many", 1), ("evaluate_many", 6), ("retrain", 2)],
@@ -305,40 +304,6 @@ def test_the_result_tells_the_phases_apart():
     assert result.best == retrain.best == max(retrain.history, key=lambda e: e.metrics["auc"])
     assert result.steps == supernet.steps + retrain.steps == 40
     assert result.epochs == 4
-
-
-class WeightsAt(Callback):
-    """Keeps the rows that a phase begins with."""
-
-    def __init__(self, name):
-        self.name = name
-
-    def on_phase_start(self, model, phase):
-        if phase.name == self.name:
-            self.rows = model.tables.rows.weight.detach().clone()
-
-
-@pytest.mark.parametrize("epochs", [0, 2])
-def test_finalists_are_trained_before_they_are_compared_and_weights_are_as_before(epochs, monkeypatch):
-    plain, step, losses = WeightsAt("search"), Run._step, []
-
-    def noting(self, batch):
-        found = step(self, batch)
-        if self.name == "finalist":
-            losses.append(float(found))
-            assert self.model.tables.stage == "candidates"
-        return found
-
-    monkeypatch.setattr(Run, "_step", noting)
-    after = WeightsAt("retrain")
-    model = model_of(finalist_epochs=epochs, retrain_from="supernet")
-    result = fit(model, DATA, config(max_steps=8), callbacks=[plain, after])
-    assert len(losses) == (5 * 8 if epochs else 0)  # 20 steps, of which 8 are allowed
-    assert torch.equal(after.rows, plain.rows)
-    assert result.steps == 16
-    if epochs:
-        firsts, lasts = losses[::8], losses[7::8]
-        assert sum(lasts) < sum(firsts)
 
 
 def test_the_supernet_has_limits_of_its_own():

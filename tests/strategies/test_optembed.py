@@ -217,8 +217,5 @@ def test_phases_of_the_whole_method_and_of_its_halves():
     assert [own[-1].rewind for own in phases.values()] == [True, True, False]
     assert [(own[0].penalty, own[-1].penalty) for own in phases.values()] == [(True, False)] * 3
     assert (phases["whole"][0].epochs, phases["whole"][0].patience) == (3, 1)
-    assert phases["whole"][1].epochs is None
-    trained = OptEmbedConfig(finalist_epochs=2)
-    assert build_tables([TableSpec("user", 5, 4)], trained).phases()[1].epochs == 2
     with pytest.raises(ConfigError, match="nothing is left to choose"):
         OptEmbedConfig(prune_rows=False, search_dims=False)

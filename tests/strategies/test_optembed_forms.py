@@ -227,7 +227,6 @@ def test_a_table_whose_rows_are_all_pruned_serves_zeros_or_its_shared_row():
         ({"mutation_probability": 0.0}, "above 0 and at most 1"),
         ({"decay": 1.0}, "must be below 1"),
         ({"generations": 0}, "generations=0"),
-        ({"finalist_epochs": -1}, "finalist_epochs=-1"),
         ({"score": "nrm"}, "did you mean 'norm'"),
         ({"constraint": "prunes"}, "did you mean 'prune'"),
         ({"retrain_from": "zero"}, "initial"),

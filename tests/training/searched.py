@@ -12,10 +12,8 @@ GENERATIONS = 6
 class Searched(FullTables):
     """Tables that remember what they are asked to show."""
 
-    finalist_epochs = None
-
     def phases(self):
-        return (Phase("search", kind="search", epochs=self.finalist_epochs),)
+        return (Phase("search", kind="search"),)
 
     def make_search(self):
         return Evolution([1] * 4, [30] * 4, GENERATIONS, num_mutations=5, num_crossovers=4)

@@ -270,18 +270,3 @@ def test_where_every_draw_is_refused_the_search_begins_at_the_smallest_and_grows
     rounds = rounds_of(search, sum)
     assert rounds[0] == [(1,) * 8]
     assert sum(search.best()[0]) == 12
-
-
-def test_finalists_are_the_best_of_different_kinds():
-    search = widths(3, 9, kind=lambda candidate: candidate[:2])
-    rounds_of(search)
-    chosen = search.finalists(5)
-    assert len({candidate[:2] for candidate in chosen}) == 5
-    assert chosen[0] == search.best()[0]
-    for candidate in chosen:
-        alike = [other for other in search.known if other[:2] == candidate[:2]]
-        assert search.known[candidate] == max(search.known[other] for other in alike)
-    everything = search.finalists(10**6)
-    assert len(everything) == len({candidate[:2] for candidate in search.known})
-    values = [search.known[candidate] for candidate in everything]
-    assert values == sorted(values, reverse=True)

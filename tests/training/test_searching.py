@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from embcomp.errors import InputError
-from tests.training.searched import GENERATIONS, Model, Sometimes, entered, value_of, whole_search
+from tests.training.searched import GENERATIONS, Sometimes, entered, value_of, whole_search
 
 # ---- a search ------------------------------------------------------------------------------------------------------
 
@@ -211,77 +211,3 @@ def test_a_recalibration_that_fails_leaves_the_models_statistics():
     assert model.training
     assert model.norm.training
     assert not model.frozen.training
-
-
-# ---- finalists that are trained a little ---------------------------------------------------------------------------
-
-
-class Adapting:
-    """Trains a model by adding to its weights what it draws, and remembers what it was told and saw."""
-
-    def __init__(self, phases, fails_at=None):
-        self.phases, self.fails_at = phases, fails_at
-        self.epochs, self.finalists, self.seen, self.drawn = [], [], [], []
-
-    def __call__(self, epochs):
-        model = self.phases.model.train()
-        self.epochs.append(epochs)
-        self.finalists.append(model.tables.shown[0])
-        self.drawn.append(float(torch.rand(())))
-        assert all(p.requires_grad for p in self.phases.parameters())
-        self.seen.append(model.norm.weight.item())
-        with torch.no_grad():
-            for p in self.phases.parameters():
-                p.add_(len(self.epochs))
-        model.norm.running_mean += 1
-        if len(self.epochs) == self.fails_at:
-            raise KeyboardInterrupt
-
-
-def adapting(fails_at=None):
-    model = Model()
-    model.tables.finalist_epochs = 2
-    phases = entered(model)
-    return phases, Adapting(phases, fails_at)
-
-
-def test_finalists_are_compared_as_they_are_after_some_training_each_from_the_same_weights():
-    phases, adapt = adapting()
-    model, before = phases.model, {name: t.clone() for name, t in phases.model.state_dict().items()}
-
-    def evaluate():
-        return model.norm.weight.item()  # which is the higher, the later it was adapted
-
-    result = phases.search_(evaluate, lambda number: [value_of(c) for c in model.tables.shown], adapt=adapt)
-    assert adapt.epochs == [2] * 5
-    assert adapt.seen == [1.0] * 5
-    assert len(set(adapt.drawn)) == 1
-    assert (result.candidate, result.value) == (adapt.finalists[-1], 6.0)
-    assert result.candidate != max(adapt.finalists, key=value_of)
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-    assert not any(p.requires_grad for p in phases.parameters())
-    assert model.training
-    assert not model.frozen.training
-
-
-def test_an_interrupted_adaptation_leaves_the_weights_and_begins_again():
-    phases, adapt = adapting(fails_at=3)
-    before = {name: t.clone() for name, t in phases.model.state_dict().items()}
-
-    def search():
-        return phases.search_(lambda: phases.model.norm.weight.item(), lambda n: map(value_of, shown()), adapt=adapt)
-
-    def shown():
-        return phases.model.tables.shown
-
-    with pytest.raises(KeyboardInterrupt):
-        search()
-    assert all(torch.equal(t, before[name]) for name, t in phases.model.state_dict().items())
-    assert search().candidate == adapt.finalists[2 + 5]
-    assert adapt.finalists[:3] == adapt.finalists[3:6]
-
-
-def test_nothing_is_trained_where_the_phase_does_not_ask_for_it():
-    phases, adapt = entered(), []
-    phases.search_(phases.model.value, adapt=adapt.append)
-    assert not adapt
