@@ -15,6 +15,7 @@ from embcomp.errors import ConfigError, NoMatchingTableError, SpecError, did_you
 from embcomp.growth import resize_
 from embcomp.integrations import fuse_collections
 from embcomp.memory import MemoryReport, format_bytes, sum_reports
+from embcomp.phases import PLAIN
 from embcomp.planning import plan_groups
 from embcomp.reporting import format_rows, table_rows
 from embcomp.sites import Fields, Filter, Patterns, Site, attach, choose, find_groups, find_sites, home_of, owner_path
@@ -118,7 +119,13 @@ class Compression:
             f"embcomp: {number} tables of {type(self.model).__name__} in {len(self.tables)} groups, "
             f"{format_bytes(memory.full_bytes)} -> {format_bytes(memory.serve_bytes)} ({memory.ratio:.2%})"
         )
-        return "\n".join([head, format_rows(table_rows(self.tables)), *self.notes])
+        phases = {tables.phases() for tables in self.tables} - {PLAIN}
+        of_phases = [
+            f"  trains in phases, {', '.join(phase.name for phase in own)}: take the model through them by "
+            "embcomp.training.Phases, else it is served as it begins"
+            for own in phases
+        ]
+        return "\n".join([head, format_rows(table_rows(self.tables)), *self.notes, *of_phases])
 
     def __str__(self) -> str:
         return self.report()

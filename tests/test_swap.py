@@ -386,3 +386,11 @@ def test_a_front_belongs_to_one_group():
     handle = embcomp.compress_(model, "nested", verbose=False)
     with pytest.raises(ConfigError, match="2 groups of tables: call pareto of each"):
         handle.pareto()
+
+
+def test_bug_the_report_says_what_trains_in_phases():
+    for strategy, told in (("optembed", "supernet, search, retrain"), ("nested", "train, cut"), ("hash", None)):
+        report = quiet(Model(), strategy).report()
+        assert ("trains in phases" in report) == (told is not None)
+        if told is not None:
+            assert f"  trains in phases, {told}: take the model through them by embcomp.training.Phases" in report

@@ -37,9 +37,11 @@ class OptEmbedConfig(PrunedConfig):
         sampling: how widths are drawn, in the supernet and by the search: ``"log_uniform"``, in proportion to ``1/w``,
             so that small forms are trained as much as large ones; ``"uniform"``, as in the paper.
         norm: 1 or 2: the norm of a row that its threshold is compared with.
-        threshold_per_id: a threshold for every id instead of every table.
+        threshold_per_id: a threshold for every id instead of every table. ``Σ exp(−t)`` is then a mean over the ids of
+            each table, so that ``alpha`` means the same.
         threshold_lr: learning rate of the thresholds' SGD.
-        alpha: weight of ``Σ exp(−t)``, which pushes thresholds up.
+        alpha: weight of ``Σ exp(−t)``, which pushes thresholds up. With the defaults of
+            both they hardly move, and next to nothing is pruned without a budget: raise them for that.
         decay: share by which a row shrinks whenever it is looked up in the supernet. It is decoupled from the loss and
             from the optimizer, and touches no row that is not used, so that a norm tells how much a row is needed,
             not how long ago it was seen.
@@ -121,8 +123,9 @@ class OptEmbedTables(PrunedTables):
     Where it differs from the paper: under a budget, rows are kept by `score` per byte until the budget is used up to
     less than a row, so that every candidate of the search has its price and the result is as small as was asked;
     without one it is as small as it happens to be. A learned matrix per table, cut like the rows, lets narrow rows take
-    part in all dimensions, and narrow widths are drawn as often as wide ones. The search keeps the best candidates of
-    all rounds, never evaluates one twice, and its finalists are compared with batch norms of their own.
+    part in all dimensions, and narrow widths are drawn as often as wide ones. The search begins with widths that are
+    the same for all tables, or for all but a large one, before random ones; it keeps the best candidates of all rounds,
+    never evaluates one twice, and its finalists are compared with batch norms of their own.
     """
 
     config: OptEmbedConfig

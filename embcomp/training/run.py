@@ -146,8 +146,8 @@ class Phases:
         """The loss of a training step.
 
         Args:
-            predict: runs the model on the batch: logits ``(B,)``, or ``(B, …)``. Called once per pass of the phase, or
-                as often as the tables' `EmbeddingTables.training_loss` wants it.
+            predict: runs the model on the batch: logits ``(B,)``, or ``(B, C)`` of one class in C. Called once per pass
+                of the phase, or as often as the tables' `EmbeddingTables.training_loss` wants it.
             loss: the task's loss of such logits, a scalar.
 
         Returns:
@@ -264,7 +264,7 @@ class Phases:
             ConfigError: if the phase is no search.
             InputError: if an evaluation is no finite number, ``at_once`` or ``num_finalists`` is below 1, or
                 ``checkpoint`` can't be a file.
-            IncompatibleStateError: if the checkpoint is of another search.
+            IncompatibleStateError: if the checkpoint is of another search: of other weights, or another config.
         """
         if not self.phase.is_search:
             raise ConfigError(f"phase {self.phase.name!r} is no search: there is nothing to search for")
@@ -300,8 +300,11 @@ class Phases:
 
 
 def _divergence(teacher: Tensor, logits: Tensor) -> Tensor:
-    """Kullback–Leibler divergence from the teacher: of Bernoulli logits ``(B,)``, or categorical ones ``(B, C)``."""
-    if logits.dim() == 1:
+    """Kullback–Leibler divergence from the teacher: of Bernoulli logits ``(B,)`` or ``(B, 1)``, or categorical ones.
+
+    Those are ``(B, C)``, C being at least 2.
+    """
+    if logits.dim() == 1 or logits.shape[1:] == (1,):
         wanted = torch.sigmoid(teacher)
         entropy = F.binary_cross_entropy_with_logits(teacher, wanted)
         return F.binary_cross_entropy_with_logits(logits, wanted) - entropy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from numbers import Rational, Real
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from embcomp.errors import IncompatibleStateError, InputError
@@ -60,15 +62,16 @@ class SearchLoop:
 
     def run(self, tables: EmbeddingTables, search: Search, checkpoint: Path | None = None) -> SearchResult:
         """Drive a search to its end, and let the tables adopt what it found."""
-        best = None if checkpoint is None or not checkpoint.is_file() else _load(search, checkpoint)
+        owner = "" if checkpoint is None else _owner(self.model, tables)
+        best = None if checkpoint is None or not checkpoint.is_file() else _load(search, checkpoint, owner)
         try:
             while candidates := search.ask():
                 search.tell(self._values(tables, candidates))
-                _save(search, checkpoint)
+                _save(search, checkpoint, owner)
                 self._tell(tables, search)
                 best = None
             chosen, value = best or self._best(tables, search)
-            _save(search, checkpoint, (chosen, value))
+            _save(search, checkpoint, owner, (chosen, value))
         finally:
             tables.hide_()
         tables.adopt_(chosen)
@@ -162,19 +165,30 @@ def make_folder(checkpoint: Path) -> None:
         raise InputError(f"search_(checkpoint={str(checkpoint)!r}): its folder can't be made ({error})") from error
 
 
-def _save(search: Search, path: Path | None, best: tuple[Candidate, float] | None = None) -> None:
+def _owner(model: nn.Module, tables: EmbeddingTables) -> str:
+    """Digest of what values of candidates depend on: the weights, and the config of the tables."""
+    digest = hashlib.sha256(repr(tables.built_config).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _save(search: Search, path: Path | None, owner: str, best: tuple[Candidate, float] | None = None) -> None:
     """Write a search's state whole; when it is over, also the best, so that finalists are not compared again."""
     if path is None:
         return
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps({**search.state(), "best": best}))
+    temporary.write_text(json.dumps({**search.state(), "owner": owner, "best": best}))
     os.replace(temporary, path)
 
 
-def _load(search: Search, path: Path) -> tuple[Candidate, float] | None:
+def _load(search: Search, path: Path, owner: str) -> tuple[Candidate, float] | None:
     """Go on from a file; return the best candidate and its value, if the search is over."""
     try:
         state = json.loads(path.read_text())
+        if state["owner"] != owner:
+            raise ValueError("it is of other weights, or of another config of the tables")
         search.load(state)
         best = state.get("best")
         if best is None:

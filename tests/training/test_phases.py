@@ -257,3 +257,45 @@ def test_there_is_no_search_in_a_phase_that_trains():
 def test_phases_that_cannot_be(values, message):
     with pytest.raises(ConfigError, match=message):
         Phase("mine", **values)
+
+
+@pytest.mark.parametrize("columns", [None, 1, 3])
+def test_distillation_adds_the_divergence_from_the_first_pass(columns):
+    def predict(model, inputs):
+        logits = model(inputs)
+        if columns is None:
+            return logits
+        return logits[:, None] if columns == 1 else torch.stack([logits, torch.zeros_like(logits), -logits], dim=1)
+
+    def shares(logits):
+        """Probabilities of all classes, by hand."""
+        if columns == 3:
+            odds = logits.double().exp()
+            return odds / odds.sum(1, keepdim=True)
+        clicked = 1 / (1 + (-logits.double().flatten()).exp())
+        return torch.stack([clicked, 1 - clicked], dim=1)
+
+    def loss(logits):
+        return logits.square().mean()
+
+    inputs, _ = TRAIN[0]
+    model, handle = compressed(strategy="nested", distill=2.0, budget=None)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3.0)
+    phases = Phases(model)
+    phases.enter_(phases.phases[0])
+    seen = []
+
+    def noting(logits):
+        seen.append(logits.detach())
+        return loss(logits)
+
+    total = phases.loss(partial(predict, model, inputs), noting)
+    teacher = shares(seen[0])
+    divergences = [(teacher * (teacher / shares(logits)).log()).sum(1).mean() for logits in seen]
+    assert float(divergences[-1]) > 1e-3
+    expected = torch.stack(
+        [loss(logits).double() + 2.0 * d for logits, d in zip(seen, divergences, strict=True)]
+    ).mean()
+    assert total.item() == pytest.approx((expected + handle.penalty()).item(), rel=1e-5)

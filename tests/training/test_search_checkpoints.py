@@ -56,6 +56,36 @@ def test_a_file_that_is_no_state_of_this_search_is_refused(what, tmp_path):
     assert phases.search_(phases.model.value, checkpoint=file) == whole_search()[0]
 
 
+@pytest.mark.parametrize(
+    "changed", [{"budget": "10%"}, {"constraint": "reject"}, {"score": "norm"}, {"seed": 9}, "weights"], ids=str
+)
+def test_bug_a_search_of_another_config_or_other_weights_is_refused(changed, tmp_path):
+    def searching(**options):
+        model, _ = compressed(**options)
+        phases = Phases(model)
+        phases.enter_(phases.phases[0])
+        phases.leave_(phases.phases[0])
+        phases.enter_(phases.phases[1])
+        return phases
+
+    file, rounds = tmp_path / "search.json", []
+
+    def dying(*_):
+        rounds.append(1)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        searching().search_(lambda: 0.5, checkpoint=file, report=dying)
+    options = {} if changed == "weights" else changed
+    other = searching(**options)
+    if changed == "weights":
+        with torch.no_grad():
+            next(other.model.mlp.parameters()).add_(1.0)
+    with pytest.raises(IncompatibleStateError, match=r"search\.json holds no state of this search.*other weights"):
+        other.search_(lambda: pytest.fail("evaluated"), checkpoint=file)
+    assert searching().search_(lambda: 0.5, checkpoint=file).num_evaluated > 10
+
+
 def test_bug_a_file_that_cannot_be_is_refused_before_anything_is_evaluated_and_folders_are_made(tmp_path):
     (tmp_path / "file").touch()
     for path, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "search.json", "its folder can't be made")):
