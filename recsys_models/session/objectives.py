@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from embcomp.config import check_at_least, check_choice, check_field_types
 from embcomp.errors import ConfigError
-from embcomp.scoring import Negatives, NegativeSampler, cross_entropy, sampled_cross_entropy
+from embcomp.scoring import (
+    FirstItemsScorer,
+    ItemScorer,
+    Negatives,
+    NegativeSampler,
+    cross_entropy,
+    sampled_cross_entropy,
+)
 from embcomp.scoring.sampled import KINDS
 from recsys_models.session.encoders import Examples
 from recsys_models.session.items import Items
@@ -25,7 +32,7 @@ class ObjectiveConfig:
     """What is learned.
 
     Attributes:
-        loss: ``"softmax"``: cross-entropy over all items; ``"sampled"``: over the target, the other targets of the
+        loss: ``"softmax"``: cross-entropy over all items of training; ``"sampled"``: over the target, the other targets of the
             step and ``num_negatives`` items that are drawn, corrected for how often each is expected among them;
             ``"binary"``: the target against one other item that the session does not have, as SASRec was published;
             ``"auto"``: the softmax up to ``most_items``, the sampled one beyond.
@@ -52,20 +59,29 @@ class ObjectiveConfig:
 
 
 class Objective(nn.Module):
-    """The loss of queries and the items that they should find.
+    """The loss of queries and the items that they should find, among those that occur in training.
+
+    Items behind the last one that occurs are known from tests alone. To have them found wrong at every step would teach
+    never to recommend them, so no loss scores them; targets among them, as of cases that validate, count for nothing.
 
     Args:
         config: which.
         counts: int64 ``(V,)``, how often items occur in training.
+
+    Raises:
+        ConfigError: if ``loss="binary"`` and only one item occurs.
     """
 
     def __init__(self, config: ObjectiveConfig, counts: Tensor) -> None:
         super().__init__()
         self.config = config
-        small = len(counts) <= config.most_items
+        occurring = counts.nonzero()
+        self.num_seen = int(occurring[-1]) + 1 if len(occurring) else len(counts)
+        counts = counts[: self.num_seen]
+        small = self.num_seen <= config.most_items
         self.loss = ("softmax" if small else "sampled") if config.loss == "auto" else config.loss
-        if self.loss == "binary" and len(counts) < 2:
-            raise ConfigError("loss='binary' needs a second item, and the catalogue has one: use loss='softmax'")
+        if self.loss == "binary" and self.num_seen < 2:
+            raise ConfigError("loss='binary' needs a second item, and training has one: use loss='softmax'")
         self._of_batch = NegativeSampler("counts", counts=counts, seed=None)
         self._drawn = NegativeSampler(config.sampling, counts=counts, seed=None)
 
@@ -74,7 +90,7 @@ class Objective(nn.Module):
         return queries if self.config.temperature == 1 else queries / self.config.temperature
 
     def forward(self, items: Items, queries: Tensor, targets: Tensor, examples: Examples) -> Tensor:
-        """The mean loss, a scalar.
+        """The mean loss, a scalar; 0 where no target counts.
 
         Args:
             items: what is scored.
@@ -82,11 +98,17 @@ class Objective(nn.Module):
             targets: int64 ``(N,)``.
             examples: that they are of.
         """
+        scorer, session = items.scorer(), _session_of(examples)
+        if self.num_seen < scorer.num_items:
+            scorer, counts = FirstItemsScorer(scorer, self.num_seen), targets < self.num_seen
+            queries, targets, session = queries[counts], targets[counts], session[counts]
+        if not len(targets):
+            return queries.sum()
         if self.loss == "softmax":
-            return cross_entropy(items.scorer(), queries, targets)
+            return cross_entropy(scorer, queries, targets)
         if self.loss == "binary":
-            return self._binary(items, queries, targets, examples)
-        return sampled_cross_entropy(items.scorer(), queries, targets, self._negatives(targets))
+            return self._binary(scorer, queries, targets, examples, session)
+        return sampled_cross_entropy(scorer, queries, targets, self._negatives(targets))
 
     def _negatives(self, targets: Tensor) -> Negatives:
         """The targets of the step and items that are drawn for it, together."""
@@ -95,15 +117,16 @@ class Objective(nn.Module):
         of_batch = self._of_batch.log_probabilities(ids) + math.log(max(len(targets) - 1, 1))
         return Negatives(ids, torch.logaddexp(of_batch, self._drawn.log_probabilities(ids) + math.log(number)))
 
-    def _binary(self, items: Items, queries: Tensor, targets: Tensor, examples: Examples) -> Tensor:
+    def _binary(
+        self, scorer: ItemScorer, queries: Tensor, targets: Tensor, examples: Examples, session: Tensor
+    ) -> Tensor:
         """Binary cross-entropy of targets against items drawn uniformly; those that the session has do not count."""
-        drawn = torch.randint(items.num_items, targets.shape, device=targets.device)
-        session = _session_of(examples)
+        drawn = torch.randint(self.num_seen, targets.shape, device=targets.device)
         own = examples.items[session]
         known = (own == drawn[:, None]) & inside(examples.lengths, own.shape[1])[session]
         counts = ~known.any(1) & (drawn != targets)
-        right = (queries * items(targets)).sum(-1)
-        wrong = (queries * items(drawn)).sum(-1)
+        right = (queries * scorer.vectors(targets)).sum(-1)
+        wrong = (queries * scorer.vectors(drawn)).sum(-1)
         return F.softplus(-right).mean() + (F.softplus(wrong) * counts).sum() / counts.sum().clamp_min(1)
 
 

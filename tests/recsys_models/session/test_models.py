@@ -14,7 +14,7 @@ from embcomp.errors import ConfigError, InputError
 from recsys_models.data import NO_TARGET, SessionBatch
 from recsys_models.session import ENCODERS
 from recsys_models.session.prefix_encoders import first_places, transitions
-from tests.recsys_models.session.tiny import NAMES, NUM_ITEMS, tiny_log, tiny_model
+from tests.recsys_models.session.tiny import NAMES, NUM_ITEMS, log_with_unseen_items, tiny_log, tiny_model
 
 LOG = tiny_log()
 SESSIONS = [[3, 4, 3, 5], [7], [1, 2, 3, 4, 5, 6, 7], [9, 9, 9]]
@@ -329,6 +329,58 @@ def test_the_softmax_is_sampled_beyond_a_number_of_items():
     torch.manual_seed(0)
     found = float(sampled.loss(examples, queries).detach())
     assert found == pytest.approx(float(exact.loss(examples, queries).detach()), rel=0.02)
+
+
+def row_gradients(model, name, ids):
+    """Gradients of rows of a table that has one for each id."""
+    store, rows = model.tables.stored_rows(torch.tensor(ids), model.tables.index_of(name))
+    return store.weight.grad[rows]
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sampled", "binary"])
+class TestItemsThatTrainingNeverSaw:
+    LOG = log_with_unseen_items()
+    UNSEEN, SEEN = list(range(25, NUM_ITEMS)), list(range(25))
+
+    @pytest.mark.parametrize("items", ["id", "metadata", "hybrid"])
+    @pytest.mark.parametrize("head", ["tied", "free"])
+    @pytest.mark.parametrize("name", ["sasrec", "bert4rec", "m2trec"])
+    def test_learn_nothing(self, name, head, items, loss):
+        model = tiny_model(self.LOG, name, items=items, head=head, loss=loss, num_negatives=200)
+        examples = model.prepare(next(iter(self.LOG.train.batches(64, 8, mode=model.encoder.targets))))
+        model.loss(examples, model.learn(examples)).backward()
+        for table in set(model.tables.names) & {"item", "item_output"}:
+            assert not row_gradients(model, table, self.UNSEEN).any()
+            assert row_gradients(model, table, self.SEEN).any()
+        if items != "id":
+            assert not row_gradients(model, "kind", [6]).any()
+            assert row_gradients(model, "kind", [0]).any()
+
+    @pytest.mark.parametrize("name", ["sasrec", "m2trec"])
+    def test_count_for_nothing_as_targets(self, name, loss):
+        model = tiny_model(self.LOG, name, loss=loss).eval()
+        sessions = padded([[1, 2], [3], [4, 5], [6]])
+
+        def found(targets, rows):
+            torch.manual_seed(0)
+            batch = SessionBatch(sessions[0][rows], sessions[1][rows], torch.tensor(targets))
+            examples = model.prepare(batch)
+            return model.loss(examples, model.learn(examples))
+
+        torch.testing.assert_close(found([26, 7, 29, 8], [0, 1, 2, 3]), found([7, 8], [1, 3]))
+        none = found([26, 27], [0, 1])
+        none.backward()
+        assert none == 0
+        assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_the_softmax_over_items_of_training_is_that_of_their_scores():
+    log = log_with_unseen_items()
+    model = tiny_model(log).eval()
+    batch = next(iter(log.train.batches(16, 8, mode="prefixes")))
+    examples = model.prepare(batch)
+    wanted = F.cross_entropy(model(batch.items, batch.lengths)[:, :25], batch.targets)
+    torch.testing.assert_close(model.loss(examples, model.learn(examples)), wanted)
 
 
 def test_a_temperature_divides_scores():
