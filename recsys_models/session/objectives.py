@@ -32,11 +32,11 @@ class ObjectiveConfig:
     """What is learned.
 
     Attributes:
-        loss: ``"softmax"``: cross-entropy over all items of training; ``"sampled"``: over the target, the other targets of the
-            step and ``num_negatives`` items that are drawn, corrected for how often each is expected among them;
-            ``"binary"``: the target against one other item that the session does not have, as SASRec was published;
-            ``"auto"``: the softmax up to ``most_items``, the sampled one beyond.
-        num_negatives: items that are drawn for a step.
+        loss: ``"softmax"``: cross-entropy over all items of training; ``"sampled"``: over the target, other targets of
+            the step and items that are drawn, corrected for how often each is expected among them; ``"binary"``: the
+            target against one other item that the session does not have, as SASRec was published; ``"auto"``: the
+            softmax up to ``most_items``, the sampled one beyond.
+        num_negatives: items that are drawn for a step; of its targets, as many at most are negatives of each other.
         sampling: how: ``"uniform"``, ``"log_uniform"`` or by ``"counts"``, see `NegativeSampler`.
         most_items: see ``loss``.
         temperature: that scores are divided by.
@@ -111,10 +111,13 @@ class Objective(nn.Module):
         return sampled_cross_entropy(scorer, queries, targets, self._negatives(targets))
 
     def _negatives(self, targets: Tensor) -> Negatives:
-        """The targets of the step and items that are drawn for it, together."""
-        number = self.config.num_negatives
-        ids = torch.cat([targets, self._drawn.draw(number, targets.device).ids])
-        of_batch = self._of_batch.log_probabilities(ids) + math.log(max(len(targets) - 1, 1))
+        """Targets of the step, or some of them where they are many, and items that are drawn for it, together."""
+        number, taken = self.config.num_negatives, targets
+        if len(targets) > number:
+            taken = targets[torch.randperm(len(targets), device=targets.device)[:number]]
+        ids = torch.cat([taken, self._drawn.draw(number, targets.device).ids])
+        others = len(taken) * (len(targets) - 1) / len(targets)  # a query's own target is no draw, if it is taken
+        of_batch = self._of_batch.log_probabilities(ids) + (math.log(others) if others else -math.inf)
         return Negatives(ids, torch.logaddexp(of_batch, self._drawn.log_probabilities(ids) + math.log(number)))
 
     def _binary(
