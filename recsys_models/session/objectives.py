@@ -20,6 +20,7 @@ from embcomp.scoring import (
     sampled_cross_entropy,
 )
 from embcomp.scoring.sampled import KINDS
+from recsys_models.data import NO_TARGET
 from recsys_models.session.encoders import Examples
 from recsys_models.session.items import Items
 from recsys_models.session.layers import inside
@@ -123,11 +124,15 @@ class Objective(nn.Module):
     def _binary(
         self, scorer: ItemScorer, queries: Tensor, targets: Tensor, examples: Examples, session: Tensor
     ) -> Tensor:
-        """Binary cross-entropy of targets against items drawn uniformly; those that the session has do not count."""
+        """Binary cross-entropy of targets against items drawn uniformly; those that the session has do not count.
+
+        It has its inputs and all its targets of the step, the last one of them too; not known are the items before a
+        window, and, where one prefix is learned from, those behind its target.
+        """
         drawn = torch.randint(self.num_seen, targets.shape, device=targets.device)
-        own = examples.items[session]
-        known = (own == drawn[:, None]) & inside(examples.lengths, own.shape[1])[session]
-        counts = ~known.any(1) & (drawn != targets)
+        read = examples.items.where(inside(examples.lengths, examples.items.shape[1]), NO_TARGET)
+        own = torch.cat([read, examples.targets.reshape(len(read), -1)], dim=1)[session]
+        counts = (own != drawn[:, None]).all(1)
         right = (queries * scorer.vectors(targets)).sum(-1)
         wrong = (queries * scorer.vectors(drawn)).sum(-1)
         return F.softplus(-right).mean() + (F.softplus(wrong) * counts).sum() / counts.sum().clamp_min(1)
