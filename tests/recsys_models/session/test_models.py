@@ -17,7 +17,7 @@ from recsys_models.data import NO_TARGET, SessionBatch
 from recsys_models.session import ENCODERS
 from recsys_models.session.encoders import Examples
 from recsys_models.session.prefix_encoders import first_places, transitions
-from tests.recsys_models.session.tiny import NAMES, NUM_ITEMS, log_with_unseen_items, tiny_log, tiny_model
+from tests.recsys_models.session.tiny import NAMES, NUM_ITEMS, attribute, log_with_unseen_items, tiny_log, tiny_model
 
 LOG = tiny_log()
 SESSIONS = [[3, 4, 3, 5], [7], [1, 2, 3, 4, 5, 6, 7], [9, 9, 9]]
@@ -269,6 +269,23 @@ def test_categories_are_learned_along():
     queries = model.learn(examples)
     kinds = F.cross_entropy(model.category_heads[0](queries), examples.targets % 6)
     torch.testing.assert_close(model.loss(examples, queries), plain.loss(examples, queries) + 0.5 * kinds)
+
+
+@pytest.mark.parametrize("known", [3, 0])
+def test_categories_that_nobody_knows_are_not_learned(known):
+    kinds = [[item % 6 if item < known else 6] for item in range(NUM_ITEMS)]
+    own = (attribute("kind", *kinds, num_values=7, is_bag=False), LOG.catalogue.attributes[1])
+    log = dataclasses.replace(LOG, catalogue=dataclasses.replace(LOG.catalogue, attributes=own))
+    plain, model = tiny_model(log, "m2trec").eval(), tiny_model(log, "m2trec", categories={"kind": 0.5}).eval()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    examples = model.prepare(next(iter(LOG.train.batches(64, 8, mode="prefixes"))))
+    queries, targets = model.learn(examples), examples.targets
+    loss, scores = model.loss(examples, queries), model.category_heads[0](queries)[targets < known]
+    wanted = F.cross_entropy(scores, targets[targets < known]) if known else 0.0
+    torch.testing.assert_close(loss, plain.loss(examples, queries) + 0.5 * wanted)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert bool(model.category_heads[0].weight.grad.any()) == bool(known)
 
 
 @pytest.mark.parametrize("name", ["price.bucket", "type", "category_heads"])
