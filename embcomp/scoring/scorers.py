@@ -122,8 +122,9 @@ class TableScorer(ItemScorer):
         return self.tables.gradient_rows
 
     def vectors(self, ids: Tensor) -> Tensor:
-        """Look items up: int64 ``(...)`` to float32 ``(..., D)``."""
-        found: Tensor = self.tables(ids, self.index)
+        """Look items up, uncounted: int64 ``(...)`` to float32 ``(..., D)``."""
+        with self.tables.uncounted():
+            found: Tensor = self.tables(ids, self.index)
         return found
 
     def stretches(self, queries: Tensor) -> list[Stretch]:

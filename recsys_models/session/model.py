@@ -113,6 +113,8 @@ class SessionModel(Ranker):
     def loss(self, examples: Examples, queries: Tensor) -> Tensor:
         """The mean loss over targets, of the next item and of its categories, and that of the items: a scalar."""
         targets = examples.targets[examples.targets != NO_TARGET]
+        if self.head is not None:
+            self.head.note_(targets)  # nothing else counts them: a free head is never read
         loss = self.objective(self.head or self.items, queries, targets, examples)
         for weight, head, values in zip(self.category_weights, self.category_heads, self._categories, strict=True):
             loss = loss + weight * _category_loss(head(queries), values[targets])
@@ -121,9 +123,11 @@ class SessionModel(Ranker):
         return loss
 
     def embed(self, examples: Examples) -> Sessions:
-        """Vectors of items, zeros behind the ends and where a session is empty."""
+        """Vectors of items, zeros behind the ends, where nothing is looked up, and where a session is empty."""
         items, lengths, hidden = examples.items, examples.lengths, examples.hidden
-        vectors = self.items(items) * inside(lengths, items.shape[1])[..., None]
+        places = inside(lengths, items.shape[1]).nonzero(as_tuple=True)
+        found = self.items(items[places])
+        vectors = found.new_zeros(*items.shape, self.items.dim).index_put(places, found)
         if hidden is not None:
             vectors = self.encoder.hide(vectors, hidden)
         return Sessions(vectors, items, lengths.clamp_min(1))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from embcomp.errors import ConfigError, InputError
-from embcomp.scoring import sampled_cross_entropy
+from embcomp.scoring import cross_entropy, sampled_cross_entropy, softmax
 from recsys_models.data import NO_TARGET, SessionBatch
 from recsys_models.session import ENCODERS
 from recsys_models.session.encoders import Examples
@@ -50,7 +50,8 @@ class TestEveryModel:
     def test_what_lies_behind_the_end_does_not_matter(self, name, items):
         model = tiny_model(LOG, name, items=items).eval()
         wanted = model(*padded(SESSIONS))
-        torch.testing.assert_close(model(*padded(SESSIONS, 8, filler=11)), wanted, rtol=1e-4, atol=1e-5)
+        for filler in (11, -7, NUM_ITEMS):
+            torch.testing.assert_close(model(*padded(SESSIONS, 8, filler)), wanted, rtol=1e-4, atol=1e-5)
 
     def test_of_long_sessions_the_last_items_count(self, name, items):
         model = tiny_model(LOG, name, items=items).eval()
@@ -64,6 +65,8 @@ class TestEveryModel:
         assert scores.isfinite().all()
         other = model(torch.full((2, 3), 9), torch.tensor([0, 3]))
         torch.testing.assert_close(scores[0], other[0])
+        alone = model(torch.zeros(1, 3, dtype=torch.int64), torch.tensor([0]))
+        torch.testing.assert_close(alone[0], scores[0], rtol=1e-4, atol=1e-5)
 
     def test_scores_are_inner_products_of_queries_and_items(self, name, items):
         model = tiny_model(LOG, name, items=items).eval()
@@ -84,6 +87,57 @@ class TestEveryModel:
             for parameter in model.tables.parameters():
                 parameter.zero_()
         assert not torch.equal(other(*padded(SESSIONS)), model(*padded(SESSIONS)))
+
+
+def counted(model, log=LOG, seed=0):
+    """What a step counts, as table and id, and the examples."""
+    found = []
+
+    def note(ids, table, blank):
+        table = torch.as_tensor(table).expand_as(ids).flatten()
+        found.extend(zip([model.tables.names[index] for index in table], ids.flatten().tolist(), strict=True))
+
+    model.tables.seen_ = note
+    examples = model.prepare(next(iter(log.train.batches(16, 8, mode=model.encoder.targets, seed=seed))))
+    model.loss(examples, model.learn(examples)).backward()
+    return sorted(found), examples
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sampled", "binary"])
+class TestWhatIsCounted:
+    @pytest.mark.parametrize("head", ["tied", "free"])
+    @pytest.mark.parametrize("name", NAMES)
+    def test_is_what_sessions_have_and_a_free_head_should_find(self, name, head, loss):
+        found, examples = counted(tiny_model(LOG, name, items="id", head=head, loss=loss, num_negatives=4))
+        sessions = [row[:length] for row, length in zip(examples.items, examples.lengths, strict=True)]
+        wanted = [("item", int(item)) for session in sessions for item in session]
+        if head == "free":
+            wanted += [("item_output", int(item)) for item in examples.targets.flatten() if item != NO_TARGET]
+        assert found == sorted(wanted)
+
+    @pytest.mark.parametrize("options", [{}, {"ssl_weight": 0.1}, {"items": "hybrid"}])
+    def test_are_values_of_distinct_items_where_these_are_composed(self, options, loss):
+        model = tiny_model(LOG, "m2trec", loss=loss, **options)
+        found, examples = counted(model)
+        wanted = []
+        for item in {int(i) for row, n in zip(examples.items, examples.lengths, strict=True) for i in row[:n]}:
+            for own in LOG.catalogue.attributes:
+                wanted += [(own.name, int(value)) for value in own.values[own.offsets[item] : own.offsets[item + 1]]]
+            wanted += [("item", item)] * ("item" in model.tables.names)
+        assert found == sorted(wanted)
+
+
+def test_scoring_a_catalogue_of_metadata_in_pieces_counts_nothing(monkeypatch):
+    monkeypatch.setattr(softmax, "_PIECE", 10)
+    monkeypatch.setattr("embcomp.tables.EmbeddingTables.gradient_rows", 0)
+    model, found = tiny_model(LOG, "m2trec"), []
+    model.tables.seen_ = lambda *arguments: found.append(arguments)
+    queries = torch.randn(5, 16, requires_grad=True)
+    cross_entropy(model.items.scorer(), queries, torch.arange(5), 7).backward()
+    assert queries.grad.any()
+    assert not found
+    model.items(torch.arange(3))
+    assert found
 
 
 @pytest.mark.parametrize("name", ["sasrec", "gru4rec"])
