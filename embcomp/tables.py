@@ -6,6 +6,7 @@ dimension, ``...`` any leading dimensions.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -61,6 +62,7 @@ class EmbeddingTables(TableHooks):
     is_sharded: bool = False
     """Whether other processes hold some rows: then all processes make every lookup together, be it of no id."""
 
+    _counts: bool = True
     _sizes: Tensor
     _pads: Tensor
     _unseen_seeds: Tensor
@@ -195,7 +197,27 @@ class EmbeddingTables(TableHooks):
             UnseenIdError: if ``unseen="error"`` and an id is outside its table.
             InputError: if ids or table have the wrong dtype, device or shape.
         """
-        return self._vectors(*self._checked(ids, table), is_seen=self.training and torch.is_grad_enabled())
+        return self._vectors(*self._checked(ids, table), is_seen=self._is_counted)
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Lookups within do not count for strategies that count them: those of items that are scored, and not read."""
+        before, self._counts = self._counts, False
+        try:
+            yield
+        finally:
+            self._counts = before
+
+    def note_(self, ids: Tensor, table: Tensor | int | str | None = None) -> None:
+        """Count ids as if they were looked up, for tables that are scored and never read; arguments as in `forward`."""
+        ids, index = self._checked(ids, table)
+        ids, blank = self._apply_unseen(ids, index)
+        if self._is_counted:
+            self.seen_(ids, index, blank)
+
+    @property
+    def _is_counted(self) -> bool:
+        return self._counts and self.training and torch.is_grad_enabled()
 
     def _vectors(self, ids: Tensor, table: Tensor | int | None, is_seen: bool) -> Tensor:
         ids, blank = self._apply_unseen(ids, table)
@@ -477,7 +499,7 @@ class EmbeddingTables(TableHooks):
             return None
         ids, column = self._checked(ids, table)
         ids, _ = self._apply_unseen(ids, column)
-        if self.training and torch.is_grad_enabled():
+        if self._is_counted:
             self.seen_(ids, column, None)
         found = self.stored_rows(ids, column)
         return None if found is None else found[0].pool(found[1], column, bounds, mode, weights)

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from embcomp.errors import InputError, did_you_mean
+from embcomp.range_scores import ids_at_once
 from embcomp.scoring._checks import check_examples, check_items
 from embcomp.scoring.scorers import ItemScorer
 
@@ -100,20 +102,6 @@ class NegativeSampler:
         found = Negatives(ids, self.log_probabilities(ids) + math.log(number))
         return Negatives(found.ids.to(device), found.log_counts.to(device))
 
-    def in_batch(self, targets: Tensor) -> Negatives:
-        """Take the targets of a batch as each other's negatives, as if they had been drawn by this sampler.
-
-        Targets are drawn as items occur, so the sampler's kind should be ``"counts"`` with power 1, or what comes
-        near to it. A query's own target is left out as an accidental hit: N - 1 draws remain.
-
-        Args:
-            targets: int64 ``(N,)``, none of them ignored.
-
-        Returns:
-            Items ``(N,)``, each drawn ``(N - 1) · P(id)`` times on average.
-        """
-        return Negatives(targets, self.log_probabilities(targets) + math.log(max(len(targets) - 1, 1)))
-
     def log_probabilities(self, ids: Tensor) -> Tensor:
         """Log of the chance of each item in one draw: int64 ``(...)`` to float32 ``(...)``."""
         if self.kind == "uniform":
@@ -142,6 +130,10 @@ def sampled_cross_entropy(
     is there in any case, so its own score is left as it is; the bias of correcting that too is the subject of
     "Correcting the LogQ Correction: Revisiting Sampled Softmax for Large-Scale Retrieval" (arXiv 2507.09331).
 
+    All vectors are looked up once and together. Where all queries share the negatives, memory is taken for N + S
+    vectors and the scores of a chunk of queries, which are computed again in the backward pass where there are several
+    chunks, not for ``(N, S)``. Negatives of each query's own take N · S vectors.
+
     Args:
         scorer: the catalogue of V items.
         queries: float ``(N, D)``.
@@ -161,28 +153,52 @@ def sampled_cross_entropy(
     drawn, log_counts = _checked_negatives(scorer, queries, negatives)
     counts = targets != ignore_index
     own = targets.where(counts, 0)
-    logits = _sampled_logits(scorer, queries, own, drawn)
-    others = logits[:, 1:] if log_counts is None else logits[:, 1:] - log_counts.to(logits.dtype)
-    if remove_hits:
-        others = others.masked_fill(drawn == own.unsqueeze(1), -torch.inf)
-    logits = torch.cat([logits[:, :1], others], dim=1)
-    first = torch.zeros_like(own).masked_fill(~counts, ignore_index)
-    return F.cross_entropy(logits, first, ignore_index=ignore_index, reduction=reduction)
-
-
-def _sampled_logits(scorer: ItemScorer, queries: Tensor, targets: Tensor, drawn: Tensor) -> Tensor:
-    """Scores of targets ``(N,)`` and of drawn items ``(S,)`` or ``(N, S)``, looked up together: ``(N, 1 + S)``."""
-    vectors = scorer.vectors(torch.cat([targets, drawn.reshape(-1)]))
-    own, others = vectors[: len(targets)], vectors[len(targets) :]
-    found = [(queries * own).sum(1, keepdim=True)]
-    if drawn.dim() == 1:
-        found.append(queries @ others.transpose(0, 1))
-    else:
-        found.append((others.view(*drawn.shape, -1) @ queries.unsqueeze(-1)).squeeze(-1))
-    if scorer.bias is not None:
-        found = [found[0] + scorer.bias[targets].unsqueeze(1), found[1] + scorer.bias[drawn]]
+    vectors = scorer.vectors(torch.cat([own, drawn.reshape(-1)]))
+    scores, others = (queries * vectors[: len(own)]).sum(1), vectors[len(own) :].view(*drawn.shape, -1)
     dtype = torch.promote_types(vectors.dtype, torch.float32)
-    return torch.cat([scores.to(dtype) for scores in found], dim=1)
+    scores = (scores if scorer.bias is None else scores + scorer.bias[own]).to(dtype)
+    shared = others, _offsets(scorer, drawn, log_counts, dtype), drawn if remove_hits else None
+    size = ids_at_once(others) if drawn.dim() == 1 else len(queries)
+    if len(queries) <= size:
+        losses = _losses(queries, scores, own, *shared)
+    else:
+        chunks = zip(queries.split(size), scores.split(size), own.split(size), strict=True)
+        losses = torch.cat([checkpoint(_losses, *chunk, *shared, use_reentrant=False) for chunk in chunks])
+    losses = losses.masked_fill(~counts, 0.0)
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / counts.sum()
+
+
+def _offsets(scorer: ItemScorer, drawn: Tensor, log_counts: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What is added to scores of drawn items, the shape of these; None for nothing."""
+    if scorer.bias is None:
+        return None if log_counts is None else -log_counts.to(dtype)
+    bias = scorer.bias[drawn].to(dtype)
+    # Not -inf: a sum over nothing else would have no gradient.
+    return (bias if log_counts is None else bias - log_counts.to(dtype)).clamp_min(torch.finfo(dtype).min)
+
+
+def _losses(
+    queries: Tensor, scores: Tensor, targets: Tensor, others: Tensor, offsets: Tensor | None, hits: Tensor | None
+) -> Tensor:
+    """Losses of queries ``(n, D)`` whose targets ``(n,)`` have these scores, against drawn items: ``(n,)``.
+
+    Args:
+        queries: float ``(n, D)``.
+        scores: of the targets, ``(n,)``.
+        targets: int64 ``(n,)``.
+        others: vectors of the drawn items, ``(S, D)`` or ``(n, S, D)``.
+        offsets: to add to their scores, ``(S,)`` or ``(n, S)``.
+        hits: int64, the drawn items, where they are left out for a query whose target they are.
+    """
+    logits = queries @ others.transpose(0, 1) if others.dim() == 2 else (others @ queries.unsqueeze(-1)).squeeze(-1)
+    logits = logits.to(scores.dtype)
+    if offsets is not None:
+        logits = logits.add_(offsets)
+    if hits is not None:
+        logits = logits.masked_fill_(hits == targets.unsqueeze(1), torch.finfo(logits.dtype).min)
+    return F.softplus(logits.logsumexp(1) - scores)
 
 
 def _checked_negatives(

@@ -122,8 +122,9 @@ class TableScorer(ItemScorer):
         return self.tables.gradient_rows
 
     def vectors(self, ids: Tensor) -> Tensor:
-        """Look items up: int64 ``(...)`` to float32 ``(..., D)``."""
-        found: Tensor = self.tables(ids, self.index)
+        """Look items up, uncounted: int64 ``(...)`` to float32 ``(..., D)``."""
+        with self.tables.uncounted():
+            found: Tensor = self.tables(ids, self.index)
         return found
 
     def stretches(self, queries: Tensor) -> list[Stretch]:
@@ -180,3 +181,48 @@ class MatrixScorer(ItemScorer):
     def check_queries(self, queries: Tensor) -> Tensor:
         """Return queries in the dtype of the scores; see `embcomp.range_scores.check_queries`."""
         return check_queries(queries, self.dim, self.device, "a matrix of items", self.dtype)
+
+
+class FirstItemsScorer(ItemScorer):
+    """The first items of another catalogue, as if it had no others.
+
+    Args:
+        scorer: the other catalogue.
+        num_items: how many of its items.
+
+    Raises:
+        InputError: if it has not so many, or the number is below 1.
+    """
+
+    def __init__(self, scorer: ItemScorer, num_items: int) -> None:
+        if not 1 <= num_items <= scorer.num_items:
+            raise InputError(f"the first {num_items} items of a catalogue of {scorer.num_items}: give 1 to all of them")
+        self.scorer, self.num_items, self.dim, self.zero_id = scorer, num_items, scorer.dim, scorer.zero_id
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where the items are now."""
+        return self.scorer.device
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """That of the first items."""
+        return None if self.scorer.bias is None else self.scorer.bias[: self.num_items]
+
+    @property
+    def gradient_rows(self) -> int:
+        """Those of the other catalogue, whose gradients are as large however few items are scored."""
+        return self.scorer.gradient_rows
+
+    def vectors(self, ids: Tensor) -> Tensor:
+        """Vectors of items: int64 ``(...)`` to float ``(..., D)``."""
+        return self.scorer.vectors(ids)
+
+    def stretches(self, queries: Tensor) -> list[Stretch]:
+        """Those of the other catalogue, up to the last item."""
+        found = [stretch.moved(0, self.num_items) for stretch in self.scorer.stretches(queries)]
+        return [stretch for stretch in found if stretch.ids]
+
+    def check_queries(self, queries: Tensor) -> Tensor:
+        """Return queries as the other catalogue does."""
+        return self.scorer.check_queries(queries)

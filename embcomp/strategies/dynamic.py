@@ -111,7 +111,7 @@ class DynamicTables(EmbeddingTables):
     gets a slot begins anew, and so does its optimizer state, if the loop hands its optimizers over:
     ``handle.step_(optimizer)`` after ``optimizer.step()``, or `embcomp.training.reset_rows_`. A loop that never makes
     ``step_`` trains shared rows alone. Evaluation, serving, lookups without gradients, and whole tables
-    (`materialize`, `scores`) are not counted.
+    (`materialize`, `scores`) are not counted, nor are items that are scored by `embcomp.scoring`.
 
     These are the rules of TorchRec's managed collision modules, of which there is a paper for the one with time to live
     ("MPZCH", arXiv 2602.17050); Monolith ("Monolith: Real Time Recommendation System With Collisionless Embedding

@@ -2,7 +2,8 @@
 
 "Self-supervised Learning for Large-scale Item Recommendations" (arXiv 2007.12865): two views of an item hide
 complementary halves of its attributes, and lose some values of those with several; each view should find the other
-among the views of all items drawn. Items are drawn uniformly, so that rare ones learn as much as others.
+among the views of all items drawn. Items are drawn uniformly from the whole catalogue, those that training never saw
+among them, so that rare ones learn as much as others.
 
 Shapes: ``n`` items drawn, ``A`` attributes, ``D`` dimension.
 """
@@ -72,7 +73,7 @@ class Contrastive(nn.Module):
     def forward(self, items: MetadataItems) -> Tensor:
         """The mean loss over both views of items drawn anew, a scalar."""
         device = self.similar.device
-        drawn = torch.randperm(items.num_items, device=device)[: self.number]
+        drawn = draw_distinct(items.num_items, self.number, device)
         hidden = self._hidden(len(drawn))
         first, second = (F.normalize(items.view(drawn, kept, self.dropout), dim=-1) for kept in (~hidden, hidden))
         scores = first @ second.T / self.temperature
@@ -87,6 +88,16 @@ class Contrastive(nn.Module):
         order.scatter_(1, seed, torch.inf)
         place = order.argsort(1, descending=True).argsort(1)
         return place < max(width // 2, 1)
+
+
+def draw_distinct(num_items: int, number: int, device: torch.device | str = "cpu") -> Tensor:
+    """Draw different items uniformly: int64 ``(number,)``, or all where there are no more; in time for the number."""
+    if num_items <= 4 * number:
+        return torch.randperm(num_items, device=device)[:number]
+    drawn = torch.empty(0, dtype=torch.int64, device=device)
+    while len(drawn) < number:
+        drawn = torch.cat([drawn, torch.randint(num_items, (2 * number,), device=device)]).unique()
+    return drawn[torch.randperm(len(drawn), device=device)[:number]]
 
 
 def mutual_information(attributes: Sequence[Attribute]) -> np.ndarray:

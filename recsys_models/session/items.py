@@ -73,6 +73,10 @@ class ItemTable(Items):
         vectors: Tensor = self._tables[0](ids, self.name)
         return vectors
 
+    def note_(self, ids: Tensor) -> None:
+        """Count items int64 ``(...)`` as if they were looked up."""
+        self._tables[0].note_(ids, self.name)
+
     def scorer(self) -> TableScorer:
         """Scores of the table's rows."""
         return TableScorer(self._tables[0], self.name)
@@ -167,7 +171,7 @@ class MetadataItems(Items):
         return self._tables[0].parameters()
 
     def view(self, ids: Tensor, kept: Tensor, dropout: float) -> Tensor:
-        """Vectors of items of which only a part is seen.
+        """Vectors of items of which only a part is seen, uncounted.
 
         Args:
             ids: int64 ``(n,)``.
@@ -177,7 +181,9 @@ class MetadataItems(Items):
         Returns:
             float32 ``(n, D)``, without a residual.
         """
-        return self._of(self._pooled(ids, dropout) * kept[..., None])
+        with self.tables.uncounted():
+            pooled = self._pooled(ids, dropout)
+        return self._of(pooled * kept[..., None])
 
     def _compose(self, ids: Tensor) -> Tensor:
         """Vectors of items int64 ``(n,)``: float32 ``(n, D)``."""
@@ -246,8 +252,9 @@ class ComposedScorer(ItemScorer):
         return tables.gradient_rows if tables.repeats_lookups else self.num_items
 
     def vectors(self, ids: Tensor) -> Tensor:
-        """Compose items: int64 ``(...)`` to float32 ``(..., D)``."""
-        found: Tensor = self.items(ids)
+        """Compose items, uncounted: int64 ``(...)`` to float32 ``(..., D)``."""
+        with self.items.tables.uncounted():
+            found: Tensor = self.items(ids)
         return found
 
     def stretches(self, queries: Tensor) -> list[Stretch]:
@@ -260,7 +267,8 @@ class ComposedScorer(ItemScorer):
 
     def _range(self, ids: Ids) -> Tensor:
         numbers = torch.arange(ids.start, ids.stop, device=self.device) if isinstance(ids, range) else ids
-        return self.items._compose(numbers)
+        with self.items.tables.uncounted():
+            return self.items._compose(numbers)
 
 
 def _cells(attributes: Sequence[Attribute], bag_pooling: str) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -33,7 +33,8 @@ class SessionModel(Ranker):
         encoder: how sessions become queries.
         objective: what is learned.
         head: a table of vectors that items are scored by; None to score by those of ``items``, which ties the head.
-        categories: attributes that are predicted along with the next item -> weights of their losses.
+        categories: attributes that are predicted along with the next item -> weights of their losses. Items whose value
+            is not known, or which no item of training has, count for nothing in them.
         contrastive: a loss on the items themselves, and its weight.
         windows: what is learned from sessions that are longer than the encoder reads: their ``"last"`` items, or
             ``"all"``, window by window.
@@ -66,7 +67,8 @@ class SessionModel(Ranker):
                 raise ConfigError(f"attribute {attribute.name!r} has several values per item and can't be predicted")
         self.category_weights = tuple(predicted.values())
         self.category_heads = nn.ModuleList(nn.Linear(encoder.dim, a.num_values) for a in predicted)
-        values = np.array([a.values for a in predicted], np.int64)  # (categories, V), the value of each item
+        known = [np.where(a.values == a.unknown_id, NO_TARGET, a.values) for a in predicted]
+        values = np.array(known, np.int64)  # (categories, V), the value of each item
         self.register_buffer("_categories", torch.from_numpy(values), persistent=False)
 
     # ---- scores -----------------------------------------------------------------------------------------------------
@@ -111,17 +113,21 @@ class SessionModel(Ranker):
     def loss(self, examples: Examples, queries: Tensor) -> Tensor:
         """The mean loss over targets, of the next item and of its categories, and that of the items: a scalar."""
         targets = examples.targets[examples.targets != NO_TARGET]
+        if self.head is not None:
+            self.head.note_(targets)  # nothing else counts them: a free head is never read
         loss = self.objective(self.head or self.items, queries, targets, examples)
         for weight, head, values in zip(self.category_weights, self.category_heads, self._categories, strict=True):
-            loss = loss + weight * F.cross_entropy(head(queries), values[targets])
+            loss = loss + weight * _category_loss(head(queries), values[targets])
         if self.contrastive is not None:
             loss = loss + self.contrastive_weight * self.contrastive(self.items)
         return loss
 
     def embed(self, examples: Examples) -> Sessions:
-        """Vectors of items, zeros behind the ends and where a session is empty."""
+        """Vectors of items, zeros behind the ends, where nothing is looked up, and where a session is empty."""
         items, lengths, hidden = examples.items, examples.lengths, examples.hidden
-        vectors = self.items(items) * inside(lengths, items.shape[1])[..., None]
+        places = inside(lengths, items.shape[1]).nonzero(as_tuple=True)
+        found = self.items(items[places])
+        vectors = found.new_zeros(*items.shape, self.items.dim).index_put(places, found)
         if hidden is not None:
             vectors = self.encoder.hide(vectors, hidden)
         return Sessions(vectors, items, lengths.clamp_min(1))
@@ -140,6 +146,12 @@ class SessionModel(Ranker):
             place = start[:, None] + torch.arange(self.max_length, device=items.device)
             items, lengths = items.gather(1, place), lengths.clamp_max(self.max_length)
         return items, lengths
+
+
+def _category_loss(scores: Tensor, values: Tensor) -> Tensor:
+    """The mean cross-entropy over values int64 ``(N,)`` that are known; 0 where none is."""
+    total = F.cross_entropy(scores, values, ignore_index=NO_TARGET, reduction="sum")
+    return total / (values != NO_TARGET).sum().clamp_min(1)
 
 
 def _check_sessions(items: Tensor, lengths: Tensor) -> None:

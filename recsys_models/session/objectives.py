@@ -11,8 +11,16 @@ from torch import Tensor, nn
 
 from embcomp.config import check_at_least, check_choice, check_field_types
 from embcomp.errors import ConfigError
-from embcomp.scoring import Negatives, NegativeSampler, cross_entropy, sampled_cross_entropy
+from embcomp.scoring import (
+    FirstItemsScorer,
+    ItemScorer,
+    Negatives,
+    NegativeSampler,
+    cross_entropy,
+    sampled_cross_entropy,
+)
 from embcomp.scoring.sampled import KINDS
+from recsys_models.data import NO_TARGET
 from recsys_models.session.encoders import Examples
 from recsys_models.session.items import Items
 from recsys_models.session.layers import inside
@@ -25,11 +33,11 @@ class ObjectiveConfig:
     """What is learned.
 
     Attributes:
-        loss: ``"softmax"``: cross-entropy over all items; ``"sampled"``: over the target, the other targets of the
-            step and ``num_negatives`` items that are drawn, corrected for how often each is expected among them;
-            ``"binary"``: the target against one other item that the session does not have, as SASRec was published;
-            ``"auto"``: the softmax up to ``most_items``, the sampled one beyond.
-        num_negatives: items that are drawn for a step.
+        loss: ``"softmax"``: cross-entropy over all items of training; ``"sampled"``: over the target, other targets of
+            the step and items that are drawn, corrected for how often each is expected among them; ``"binary"``: the
+            target against one other item that the session does not have, as SASRec was published; ``"auto"``: the
+            softmax up to ``most_items``, the sampled one beyond.
+        num_negatives: items that are drawn for a step; of its targets, as many at most are negatives of each other.
         sampling: how: ``"uniform"``, ``"log_uniform"`` or by ``"counts"``, see `NegativeSampler`.
         most_items: see ``loss``.
         temperature: that scores are divided by.
@@ -52,20 +60,29 @@ class ObjectiveConfig:
 
 
 class Objective(nn.Module):
-    """The loss of queries and the items that they should find.
+    """The loss of queries and the items that they should find, among those that occur in training.
+
+    Items behind the last one that occurs are known from tests alone. To have them found wrong at every step would teach
+    never to recommend them, so no loss scores them; targets among them, as of cases that validate, count for nothing.
 
     Args:
         config: which.
         counts: int64 ``(V,)``, how often items occur in training.
+
+    Raises:
+        ConfigError: if ``loss="binary"`` and only one item occurs.
     """
 
     def __init__(self, config: ObjectiveConfig, counts: Tensor) -> None:
         super().__init__()
         self.config = config
-        small = len(counts) <= config.most_items
+        occurring = counts.nonzero()
+        self.num_seen = int(occurring[-1]) + 1 if len(occurring) else len(counts)
+        counts = counts[: self.num_seen]
+        small = self.num_seen <= config.most_items
         self.loss = ("softmax" if small else "sampled") if config.loss == "auto" else config.loss
-        if self.loss == "binary" and len(counts) < 2:
-            raise ConfigError("loss='binary' needs a second item, and the catalogue has one: use loss='softmax'")
+        if self.loss == "binary" and self.num_seen < 2:
+            raise ConfigError("loss='binary' needs a second item, and training has one: use loss='softmax'")
         self._of_batch = NegativeSampler("counts", counts=counts, seed=None)
         self._drawn = NegativeSampler(config.sampling, counts=counts, seed=None)
 
@@ -74,7 +91,7 @@ class Objective(nn.Module):
         return queries if self.config.temperature == 1 else queries / self.config.temperature
 
     def forward(self, items: Items, queries: Tensor, targets: Tensor, examples: Examples) -> Tensor:
-        """The mean loss, a scalar.
+        """The mean loss, a scalar; 0 where no target counts.
 
         Args:
             items: what is scored.
@@ -82,28 +99,42 @@ class Objective(nn.Module):
             targets: int64 ``(N,)``.
             examples: that they are of.
         """
+        scorer, session = items.scorer(), _session_of(examples)
+        if self.num_seen < scorer.num_items:
+            scorer, counts = FirstItemsScorer(scorer, self.num_seen), targets < self.num_seen
+            queries, targets, session = queries[counts], targets[counts], session[counts]
+        if not len(targets):
+            return queries.sum()
         if self.loss == "softmax":
-            return cross_entropy(items.scorer(), queries, targets)
+            return cross_entropy(scorer, queries, targets)
         if self.loss == "binary":
-            return self._binary(items, queries, targets, examples)
-        return sampled_cross_entropy(items.scorer(), queries, targets, self._negatives(targets))
+            return self._binary(scorer, queries, targets, examples, session)
+        return sampled_cross_entropy(scorer, queries, targets, self._negatives(targets))
 
     def _negatives(self, targets: Tensor) -> Negatives:
-        """The targets of the step and items that are drawn for it, together."""
-        number = self.config.num_negatives
-        ids = torch.cat([targets, self._drawn.draw(number, targets.device).ids])
-        of_batch = self._of_batch.log_probabilities(ids) + math.log(max(len(targets) - 1, 1))
+        """Targets of the step, or some of them where they are many, and items that are drawn for it, together."""
+        number, taken = self.config.num_negatives, targets
+        if len(targets) > number:
+            taken = targets[torch.randperm(len(targets), device=targets.device)[:number]]
+        ids = torch.cat([taken, self._drawn.draw(number, targets.device).ids])
+        others = len(taken) * (len(targets) - 1) / len(targets)  # a query's own target is no draw, if it is taken
+        of_batch = self._of_batch.log_probabilities(ids) + (math.log(others) if others else -math.inf)
         return Negatives(ids, torch.logaddexp(of_batch, self._drawn.log_probabilities(ids) + math.log(number)))
 
-    def _binary(self, items: Items, queries: Tensor, targets: Tensor, examples: Examples) -> Tensor:
-        """Binary cross-entropy of targets against items drawn uniformly; those that the session has do not count."""
-        drawn = torch.randint(items.num_items, targets.shape, device=targets.device)
-        session = _session_of(examples)
-        own = examples.items[session]
-        known = (own == drawn[:, None]) & inside(examples.lengths, own.shape[1])[session]
-        counts = ~known.any(1) & (drawn != targets)
-        right = (queries * items(targets)).sum(-1)
-        wrong = (queries * items(drawn)).sum(-1)
+    def _binary(
+        self, scorer: ItemScorer, queries: Tensor, targets: Tensor, examples: Examples, session: Tensor
+    ) -> Tensor:
+        """Binary cross-entropy of targets against items drawn uniformly; those that the session has do not count.
+
+        It has its inputs and all its targets of the step, the last one of them too; not known are the items before a
+        window, and, where one prefix is learned from, those behind its target.
+        """
+        drawn = torch.randint(self.num_seen, targets.shape, device=targets.device)
+        read = examples.items.where(inside(examples.lengths, examples.items.shape[1]), NO_TARGET)
+        own = torch.cat([read, examples.targets.reshape(len(read), -1)], dim=1)[session]
+        counts = (own != drawn[:, None]).all(1)
+        right = (queries * scorer.vectors(targets)).sum(-1)
+        wrong = (queries * scorer.vectors(drawn)).sum(-1)
         return F.softplus(-right).mean() + (F.softplus(wrong) * counts).sum() / counts.sum().clamp_min(1)
 
 

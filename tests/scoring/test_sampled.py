@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from embcomp import InputError
-from embcomp.scoring import MatrixScorer, Negatives, NegativeSampler, cross_entropy, sampled_cross_entropy
+from embcomp.scoring import MatrixScorer, Negatives, NegativeSampler, cross_entropy, sampled, sampled_cross_entropy
+from embcomp.testing.training import LargestTensor
 from tests.scoring.catalogues import OPTIONS, matrix_scorer, scorer_of
 
 COUNTS = torch.tensor([500, 0, 40, 7, 7, 1, 0, 120, 3, 22] * 5)
@@ -101,22 +102,38 @@ def test_the_logarithm_converges_and_the_uncorrected_one_does_not():
     assert min(uncorrected) > 0.1
 
 
-def test_the_batch_as_negatives_is_unbiased_too():
-    """Targets that occur by their counts are draws of each other; uncorrected, frequent items weigh too much."""
-    counts = torch.arange(20, 0, -1)
-    scorer, sampler = matrix_scorer(20, seed=1), NegativeSampler("counts", counts=counts)
-    queries = torch.randn(1, 4, generator=torch.Generator().manual_seed(0))
-    scores = scorer.scores(queries)[0]
-    generator, estimates = torch.Generator().manual_seed(1), []
-    for _ in range(3000):
-        targets = torch.multinomial(counts.float(), 16, replacement=True, generator=generator)
-        targets[0] = 13
-        loss = sampled_cross_entropy(
-            scorer, queries.expand(16, 4), targets, sampler.in_batch(targets), reduction="none"
-        )
-        estimates.append(float((loss[0] + scores[13]).exp()))
-    found = torch.tensor(estimates)
-    assert abs(found.mean() - scores.exp().sum()) < 4 * found.std() / len(found) ** 0.5
+class TestChunks:
+    """Many queries are gone through chunk by chunk, and again in the backward pass."""
+
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    @pytest.mark.parametrize("remove_hits", [True, False])
+    @pytest.mark.parametrize("name", ["full", "hash", "low_rank"])
+    def test_give_what_one_chunk_gives(self, name, remove_hits, reduction, monkeypatch):
+        scorer = scorer_of(name, torch.randn(130, requires_grad=True))
+        queries, targets = torch.randn(23, 6, requires_grad=True), torch.randint(130, (23,))
+        targets[[2, 7]] = torch.tensor([-100, 3])
+        negatives = Negatives(torch.randint(130, (40,)), torch.randn(40))
+        negatives.ids[:2] = targets[4]
+        inputs = [queries, scorer.bias, *(p for p in scorer.tables.parameters() if p.requires_grad)]
+
+        def found():
+            loss = sampled_cross_entropy(scorer, queries, targets, negatives, remove_hits, reduction=reduction)
+            return loss, *torch.autograd.grad(loss.sum(), inputs, materialize_grads=True)
+
+        whole = found()
+        monkeypatch.setattr(sampled, "ids_at_once", lambda others: 5)
+        for one, other in zip(found(), whole, strict=True):
+            torch.testing.assert_close(one, other)
+
+    def test_never_hold_all_scores_and_look_up_once(self):
+        scorer, queries = matrix_scorer(5000), torch.randn(20_000, 4, requires_grad=True)
+        targets, negatives = torch.randint(5000, (20_000,)), NegativeSampler("uniform", 5000).draw(1000)
+        calls, vectors = [], scorer.vectors
+        scorer.vectors = lambda ids: calls.append(len(ids)) or vectors(ids)
+        with (largest := LargestTensor()):
+            sampled_cross_entropy(scorer, queries, targets, negatives).backward()
+        assert largest.size <= 8 << 20, largest.by  # all scores are 80 MB
+        assert calls == [21_000]
 
 
 class TestSampler:
@@ -149,12 +166,6 @@ class TestSampler:
         assert torch.equal(first.ids, same.draw(50).ids)
         assert not torch.equal(first.ids, other.draw(50).ids)
         assert not torch.equal(first.ids, one.draw(50).ids)
-
-    def test_the_batch(self):
-        targets = torch.tensor([0, 2, 2, 5])
-        negatives = sampler_of("uniform").in_batch(targets)
-        assert negatives.ids is targets
-        torch.testing.assert_close(negatives.log_counts, torch.full((4,), math.log(3 / 50)))
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

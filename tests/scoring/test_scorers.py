@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from embcomp import InputError
-from embcomp.scoring import MatrixScorer, TableScorer
+from embcomp.scoring import FirstItemsScorer, MatrixScorer, TableScorer
 from tests.scoring.catalogues import OPTIONS, build, matrix_scorer
 
 
@@ -23,6 +23,24 @@ def test_a_table_scores_as_its_dense_rows_do(name, with_bias):
         ids = torch.tensor([[3, 0], [129, 70]])
         torch.testing.assert_close(table.vectors(ids), matrix.vectors(ids))
         torch.testing.assert_close(table.score_pairs(queries[0, :2], ids), matrix.score_pairs(queries[0, :2], ids))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("number", [2, 77, 130])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_first_items_are_scored_as_in_the_whole_catalogue(name, number, with_bias):
+    whole, queries = TableScorer(build(name), "item", torch.randn(130) if with_bias else None), torch.randn(2, 6)
+    first = FirstItemsScorer(whole, number)
+    assert (first.num_items, first.dim, first.device) == (number, 6, whole.device)
+    torch.testing.assert_close(first.scores(queries), whole.scores(queries, 0, number))
+    ids = torch.tensor([[1, 0], [0, 1]])
+    torch.testing.assert_close(first.score_pairs(queries, ids), whole.score_pairs(queries, ids))
+
+
+@pytest.mark.parametrize("number", [0, -1, 51])
+def test_more_items_than_there_are(number):
+    with pytest.raises(InputError, match=f"the first {number} items of a catalogue of 50"):
+        FirstItemsScorer(matrix_scorer(), number)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from embcomp import InputError, TableSpec, build_tables, make_config
-from embcomp.scoring import MatrixScorer, TableScorer, cross_entropy, softmax
+from embcomp.scoring import FirstItemsScorer, MatrixScorer, TableScorer, cross_entropy, softmax
 from embcomp.testing.training import LargestTensor
 from tests.scoring.catalogues import OPTIONS, build, matrix_scorer
 
@@ -65,6 +65,18 @@ def require_plain(tables, scorer, chunk):
         rtol=1e-4,
         atol=1e-4,
     )
+
+
+@pytest.mark.parametrize("chunk", [None, 33])
+@pytest.mark.parametrize("name", ["full", "hash", "compact", "compact, shared", "frequency_cut"])
+def test_the_first_items_of_a_table(name, chunk):
+    tables, queries, targets = build(name), torch.randn(9, 6), torch.randint(77, (9,))
+    loss = cross_entropy(FirstItemsScorer(TableScorer(tables, "item"), 77), queries, targets, chunk)
+    wanted = F.cross_entropy(queries @ tables.materialize("item").T[:, :77], targets)
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
+    learned = [p for p in tables.parameters() if p.requires_grad]
+    for one, other in zip(gradients(loss, learned), gradients(wanted, learned), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

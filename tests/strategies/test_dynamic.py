@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import embcomp
 from embcomp import ConfigError, DynamicConfig, IncompatibleStateError, InputError, TableSpec, build_tables, plan
 from embcomp.io import write_pretrained
+from embcomp.scoring import TableScorer, cross_entropy, sampled_cross_entropy
 from embcomp.strategies._dynamic_history import History, Lookups
 from embcomp.strategies._dynamic_map import EMPTY, IdMap
 from embcomp.training import Phases, RowwiseAdagrad, reset_rows_
@@ -108,6 +109,13 @@ def test_only_training_lookups_with_gradients_are_counted():
         tables(ids)
     tables.materialize("user").sum().backward()
     tables.scores("user", torch.ones(1, 4))
+    scorer, queries = TableScorer(tables, "user"), torch.ones(1, 4)
+    sampled_cross_entropy(scorer, queries, torch.tensor([3]), torch.tensor([5, 7])).backward()
+    cross_entropy(scorer, queries, torch.tensor([3])).backward()
+    with tables.uncounted():
+        tables(ids)
+        tables.bag(ids[:, :1], None, "user")
+        tables.note_(ids)
     tables.eval()(ids)
     tables.train().step_()
     assert not len(tables.residents_of("user"))
@@ -118,6 +126,17 @@ def test_only_training_lookups_with_gradients_are_counted():
     tables.requires_grad_(True)
     train(tables, ids)
     assert tables.residents_of("user").tolist() == [3]
+
+
+def test_what_is_noted_counts_as_looked_up():
+    looked_up, noted = make_tables(interval=1), make_tables(interval=1)
+    ids = torch.tensor([[3, 30], [3, 31], [4, 30]])
+    train(looked_up, ids)
+    noted.note_(ids)
+    noted.step_()
+    assert [slots_of(noted, table) for table in (0, 1)] == [slots_of(looked_up, table) for table in (0, 1)]
+    with pytest.raises(InputError, match="no table 'items'"):
+        noted.note_(ids[:, 0], "items")
 
 
 def test_padding_blank_and_unseen_ids_take_no_slot():

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from embcomp.errors import ConfigError, InputError
-from recsys_models.session.contrastive import Contrastive, mutual_information
+from embcomp.testing.training import LargestTensor
+from recsys_models.session.contrastive import Contrastive, draw_distinct, mutual_information
 from recsys_models.session.distillation import distill_
 from tests.recsys_models.session.tiny import NUM_ITEMS, attribute, tiny_log, tiny_model
 
@@ -81,6 +82,23 @@ def test_the_loss_is_that_of_a_loop(monkeypatch):
     examples = model.prepare(next(iter(tiny_log().train.batches(8, 8, mode="prefixes"))))
     queries = model.learn(examples)
     torch.testing.assert_close(model.loss(examples, queries), plain.loss(examples, queries) + 0.7 * found)
+
+
+@pytest.mark.parametrize(("num_items", "number"), [(7, 10), (10, 10), (40, 10), (41, 10), (200, 10), (1000, 2)])
+def test_items_are_drawn_uniformly_and_once(num_items, number):
+    torch.manual_seed(0)
+    drawn = torch.stack([draw_distinct(num_items, number) for _ in range(4000)])
+    assert drawn.shape[1] == min(number, num_items)
+    assert (drawn.sort(1).values.diff(dim=1) > 0).all()
+    share = drawn.shape[1] / num_items
+    found = torch.bincount(drawn.flatten(), minlength=num_items)
+    assert ((found - 4000 * share).abs() <= 5 * (4000 * share * (1 - share)) ** 0.5).all()
+
+
+def test_drawing_takes_no_memory_for_the_catalogue():
+    with (largest := LargestTensor()):
+        draw_distinct(10**9, 512)
+    assert largest.size <= 8 * 4 * 512, largest.by
 
 
 def test_values_of_bags_are_dropped_and_others_never():

@@ -200,11 +200,16 @@ def test_attributes_with_one_value_and_catalogues_of_one_item(options, known, nu
         assert (vectors != vectors[0]).any()
 
 
+@pytest.mark.parametrize("items", ["metadata", "hybrid"])
 @pytest.mark.parametrize("strategy", ["hash", "unified", "int8"])
-def test_attributes_are_compressed_as_other_tables_are(strategy):
+def test_tables_of_attributes_and_residuals_are_compressed_as_others_are(strategy, items):
     log = tiny_log()
     name, budget = ("quantize", "40%") if strategy == "int8" else (strategy, "50%")
-    model = tiny_model(log, "m2trec", name, budget).eval()
+    model = tiny_model(log, "m2trec", name, budget, items=items)
+    first = {name: parameter.detach().clone() for name, parameter in model.tables.named_parameters()}
+    fit(model, log, TrainingConfig(epochs=1, batch_size=64, device="cpu", learning_rate=0.01, progress=False))
+    assert all((parameter != first[name]).any() for name, parameter in model.tables.named_parameters())
+    model.eval()
     batch = next(iter(log.test.batches(16, 8)))
     before = model(batch.items, batch.lengths)
     model.tables.finalize_()

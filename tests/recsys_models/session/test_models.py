@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -11,10 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from embcomp.errors import ConfigError, InputError
+from embcomp.scoring import cross_entropy, sampled_cross_entropy, softmax
 from recsys_models.data import NO_TARGET, SessionBatch
 from recsys_models.session import ENCODERS
+from recsys_models.session.encoders import Examples
 from recsys_models.session.prefix_encoders import first_places, transitions
-from tests.recsys_models.session.tiny import NAMES, NUM_ITEMS, tiny_log, tiny_model
+from tests.recsys_models.session.tiny import NAMES, NUM_ITEMS, attribute, log_with_unseen_items, tiny_log, tiny_model
 
 LOG = tiny_log()
 SESSIONS = [[3, 4, 3, 5], [7], [1, 2, 3, 4, 5, 6, 7], [9, 9, 9]]
@@ -47,7 +50,8 @@ class TestEveryModel:
     def test_what_lies_behind_the_end_does_not_matter(self, name, items):
         model = tiny_model(LOG, name, items=items).eval()
         wanted = model(*padded(SESSIONS))
-        torch.testing.assert_close(model(*padded(SESSIONS, 8, filler=11)), wanted, rtol=1e-4, atol=1e-5)
+        for filler in (11, -7, NUM_ITEMS):
+            torch.testing.assert_close(model(*padded(SESSIONS, 8, filler)), wanted, rtol=1e-4, atol=1e-5)
 
     def test_of_long_sessions_the_last_items_count(self, name, items):
         model = tiny_model(LOG, name, items=items).eval()
@@ -61,6 +65,8 @@ class TestEveryModel:
         assert scores.isfinite().all()
         other = model(torch.full((2, 3), 9), torch.tensor([0, 3]))
         torch.testing.assert_close(scores[0], other[0])
+        alone = model(torch.zeros(1, 3, dtype=torch.int64), torch.tensor([0]))
+        torch.testing.assert_close(alone[0], scores[0], rtol=1e-4, atol=1e-5)
 
     def test_scores_are_inner_products_of_queries_and_items(self, name, items):
         model = tiny_model(LOG, name, items=items).eval()
@@ -72,8 +78,7 @@ class TestEveryModel:
         model = tiny_model(LOG, name, items=items)
         examples = model.prepare(next(iter(LOG.train.batches(64, 8, mode=model.encoder.targets))))
         model.loss(examples, model.learn(examples)).backward()
-        silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-        assert not [n for n in silent if "positions" not in n and not (name == "sr_gnn" and "outgoing_bias" in n)]
+        assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 
     def test_a_copy_gives_the_same(self, name, items):
         model = tiny_model(LOG, name, items=items).eval()
@@ -82,6 +87,57 @@ class TestEveryModel:
             for parameter in model.tables.parameters():
                 parameter.zero_()
         assert not torch.equal(other(*padded(SESSIONS)), model(*padded(SESSIONS)))
+
+
+def counted(model, log=LOG, seed=0):
+    """What a step counts, as table and id, and the examples."""
+    found = []
+
+    def note(ids, table, blank):
+        table = torch.as_tensor(table).expand_as(ids).flatten()
+        found.extend(zip([model.tables.names[index] for index in table], ids.flatten().tolist(), strict=True))
+
+    model.tables.seen_ = note
+    examples = model.prepare(next(iter(log.train.batches(16, 8, mode=model.encoder.targets, seed=seed))))
+    model.loss(examples, model.learn(examples)).backward()
+    return sorted(found), examples
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sampled", "binary"])
+class TestWhatIsCounted:
+    @pytest.mark.parametrize("head", ["tied", "free"])
+    @pytest.mark.parametrize("name", NAMES)
+    def test_is_what_sessions_have_and_a_free_head_should_find(self, name, head, loss):
+        found, examples = counted(tiny_model(LOG, name, items="id", head=head, loss=loss, num_negatives=4))
+        sessions = [row[:length] for row, length in zip(examples.items, examples.lengths, strict=True)]
+        wanted = [("item", int(item)) for session in sessions for item in session]
+        if head == "free":
+            wanted += [("item_output", int(item)) for item in examples.targets.flatten() if item != NO_TARGET]
+        assert found == sorted(wanted)
+
+    @pytest.mark.parametrize("options", [{}, {"ssl_weight": 0.1}, {"items": "hybrid"}])
+    def test_are_values_of_distinct_items_where_these_are_composed(self, options, loss):
+        model = tiny_model(LOG, "m2trec", loss=loss, **options)
+        found, examples = counted(model)
+        wanted = []
+        for item in {int(i) for row, n in zip(examples.items, examples.lengths, strict=True) for i in row[:n]}:
+            for own in LOG.catalogue.attributes:
+                wanted += [(own.name, int(value)) for value in own.values[own.offsets[item] : own.offsets[item + 1]]]
+            wanted += [("item", item)] * ("item" in model.tables.names)
+        assert found == sorted(wanted)
+
+
+def test_scoring_a_catalogue_of_metadata_in_pieces_counts_nothing(monkeypatch):
+    monkeypatch.setattr(softmax, "_PIECE", 10)
+    monkeypatch.setattr("embcomp.tables.EmbeddingTables.gradient_rows", 0)
+    model, found = tiny_model(LOG, "m2trec"), []
+    model.tables.seen_ = lambda *arguments: found.append(arguments)
+    queries = torch.randn(5, 16, requires_grad=True)
+    cross_entropy(model.items.scorer(), queries, torch.arange(5), 7).backward()
+    assert queries.grad.any()
+    assert not found
+    model.items(torch.arange(3))
+    assert found
 
 
 @pytest.mark.parametrize("name", ["sasrec", "gru4rec"])
@@ -268,6 +324,23 @@ def test_categories_are_learned_along():
     torch.testing.assert_close(model.loss(examples, queries), plain.loss(examples, queries) + 0.5 * kinds)
 
 
+@pytest.mark.parametrize("known", [3, 0])
+def test_categories_that_nobody_knows_are_not_learned(known):
+    kinds = [[item % 6 if item < known else 6] for item in range(NUM_ITEMS)]
+    own = (attribute("kind", *kinds, num_values=7, is_bag=False), LOG.catalogue.attributes[1])
+    log = dataclasses.replace(LOG, catalogue=dataclasses.replace(LOG.catalogue, attributes=own))
+    plain, model = tiny_model(log, "m2trec").eval(), tiny_model(log, "m2trec", categories={"kind": 0.5}).eval()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    examples = model.prepare(next(iter(LOG.train.batches(64, 8, mode="prefixes"))))
+    queries, targets = model.learn(examples), examples.targets
+    loss, scores = model.loss(examples, queries), model.category_heads[0](queries)[targets < known]
+    wanted = F.cross_entropy(scores, targets[targets < known]) if known else 0.0
+    torch.testing.assert_close(loss, plain.loss(examples, queries) + 0.5 * wanted)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert bool(model.category_heads[0].weight.grad.any()) == bool(known)
+
+
 @pytest.mark.parametrize("name", ["price.bucket", "type", "category_heads"])
 def test_attributes_of_any_name_are_predicted(name):
     log = tiny_log()
@@ -307,11 +380,12 @@ def test_the_binary_loss_is_that_of_a_loop_over_targets(monkeypatch):
     monkeypatch.setattr("recsys_models.session.objectives.torch.randint", lambda *args, **kwargs: drawn)
     right, wrong, number = [], [], 0
     for row in range(len(examples.items)):
-        session = examples.items[row, : examples.lengths[row]].tolist()
-        for target in examples.targets[row, : examples.lengths[row]].tolist():
+        targets = examples.targets[row, : examples.lengths[row]].tolist()
+        session = {*examples.items[row, : examples.lengths[row]].tolist(), *targets}
+        for target in targets:
             query, negative = queries[number], int(drawn[number])
             right.append(math.log1p(math.exp(-float(query.detach() @ model.items(torch.tensor(target)).detach()))))
-            if negative not in session and negative != target:
+            if negative not in session:
                 wrong.append(math.log1p(math.exp(float(query.detach() @ model.items(torch.tensor(negative)).detach()))))
             number += 1
     assert 0 < len(wrong) < len(right)
@@ -321,14 +395,91 @@ def test_the_binary_loss_is_that_of_a_loop_over_targets(monkeypatch):
 
 def test_the_softmax_is_sampled_beyond_a_number_of_items():
     assert tiny_model(LOG).objective.loss == "softmax"
-    sampled = tiny_model(LOG, most_items=NUM_ITEMS - 1, num_negatives=200_000)
-    assert sampled.objective.loss == "sampled"
-    examples = sampled.prepare(next(iter(LOG.train.batches(32, 8))))
-    queries = sampled.learn(examples)
-    exact = tiny_model(LOG).eval()
-    torch.manual_seed(0)
-    found = float(sampled.loss(examples, queries).detach())
-    assert found == pytest.approx(float(exact.loss(examples, queries).detach()), rel=0.02)
+    assert tiny_model(LOG, most_items=NUM_ITEMS - 1).objective.loss == "sampled"
+
+
+@pytest.mark.parametrize("number", [1, 4, 20])  # targets of a step: fewer than are drawn, and more
+@pytest.mark.parametrize("sampling", ["uniform", "counts", "log_uniform"])
+def test_the_sampled_softmax_estimates_the_sum_over_all_items(sampling, number, monkeypatch):
+    """Within four standard errors, where items are drawn, and are targets, with very different chances."""
+    counts = np.array([round(1000 / (item + 1) ** 1.5) for item in range(NUM_ITEMS)])
+    log = dataclasses.replace(LOG, catalogue=dataclasses.replace(LOG.catalogue, counts=counts))
+    model = tiny_model(log, loss="sampled", sampling=sampling, num_negatives=8, init_std=0.3)
+    by_query = functools.partial(sampled_cross_entropy, reduction="none")
+    monkeypatch.setattr("recsys_models.session.objectives.sampled_cross_entropy", by_query)
+    query, vectors = torch.randn(16), model.items(torch.arange(NUM_ITEMS)).detach()
+    scores, own, estimates = vectors @ query, 5, []
+    for _ in range(2000):
+        targets = torch.multinomial(torch.from_numpy(counts / counts.sum()), number, replacement=True)
+        targets[0] = own
+        examples = Examples(targets[:, None], torch.ones_like(targets), targets)
+        with torch.no_grad():
+            losses = model.objective(model.items, query.expand(number, -1), targets, examples)
+        estimates.append((losses[0] + scores[own]).exp())
+    found = torch.stack(estimates)
+    assert abs(found.mean() - scores.exp().sum()) < 4 * found.std() / len(found) ** 0.5
+
+
+def test_of_many_targets_some_are_negatives():
+    model = tiny_model(LOG, loss="sampled", num_negatives=8)
+    targets = torch.arange(NUM_ITEMS)
+    seen = [model.objective._negatives(targets).ids[:8] for _ in range(40)]
+    assert all(len(own.unique()) == 8 for own in seen)
+    assert len(torch.cat(seen).unique()) == NUM_ITEMS
+    assert model.objective._negatives(targets[:5]).ids[:5].equal(targets[:5])
+    assert len(model.objective._negatives(targets).ids) == 16
+
+
+def row_gradients(model, name, ids):
+    """Gradients of rows of a table that has one for each id."""
+    store, rows = model.tables.stored_rows(torch.tensor(ids), model.tables.index_of(name))
+    return store.weight.grad[rows]
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sampled", "binary"])
+class TestItemsThatTrainingNeverSaw:
+    LOG = log_with_unseen_items()
+    UNSEEN, SEEN = list(range(25, NUM_ITEMS)), list(range(25))
+
+    @pytest.mark.parametrize("items", ["id", "metadata", "hybrid"])
+    @pytest.mark.parametrize("head", ["tied", "free"])
+    @pytest.mark.parametrize("name", ["sasrec", "bert4rec", "m2trec"])
+    def test_learn_nothing(self, name, head, items, loss):
+        model = tiny_model(self.LOG, name, items=items, head=head, loss=loss, num_negatives=200)
+        examples = model.prepare(next(iter(self.LOG.train.batches(64, 8, mode=model.encoder.targets))))
+        model.loss(examples, model.learn(examples)).backward()
+        for table in set(model.tables.names) & {"item", "item_output"}:
+            assert not row_gradients(model, table, self.UNSEEN).any()
+            assert row_gradients(model, table, self.SEEN).any()
+        if items != "id":
+            assert not row_gradients(model, "kind", [6]).any()
+            assert row_gradients(model, "kind", [0]).any()
+
+    @pytest.mark.parametrize("name", ["sasrec", "m2trec"])
+    def test_count_for_nothing_as_targets(self, name, loss):
+        model = tiny_model(self.LOG, name, loss=loss).eval()
+        sessions = padded([[1, 2], [3], [4, 5], [6]])
+
+        def found(targets, rows):
+            torch.manual_seed(0)
+            batch = SessionBatch(sessions[0][rows], sessions[1][rows], torch.tensor(targets))
+            examples = model.prepare(batch)
+            return model.loss(examples, model.learn(examples))
+
+        torch.testing.assert_close(found([26, 7, 29, 8], [0, 1, 2, 3]), found([7, 8], [1, 3]))
+        none = found([26, 27], [0, 1])
+        none.backward()
+        assert none == 0
+        assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_the_softmax_over_items_of_training_is_that_of_their_scores():
+    log = log_with_unseen_items()
+    model = tiny_model(log).eval()
+    batch = next(iter(log.train.batches(16, 8, mode="prefixes")))
+    examples = model.prepare(batch)
+    wanted = F.cross_entropy(model(batch.items, batch.lengths)[:, :25], batch.targets)
+    torch.testing.assert_close(model.loss(examples, model.learn(examples)), wanted)
 
 
 def test_a_temperature_divides_scores():

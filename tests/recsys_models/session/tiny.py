@@ -1,5 +1,7 @@
 """Sessions small enough for tests, in which the next item follows from the last one."""
 
+import dataclasses
+
 import numpy as np
 import torch
 
@@ -53,6 +55,17 @@ def tiny_log(sessions=300, num_items=NUM_ITEMS, seed=0, filters_seen=False, with
     counts = np.bincount(train.items, minlength=num_items)
     catalogue = Catalogue(num_items, counts, np.arange(num_items), attributes(num_items) if with_attributes else ())
     return SessionLog("tiny", catalogue, train, cases(40), cases(40), f"tiny-{seed}", filters_seen)
+
+
+def log_with_unseen_items(seen=25):
+    """The items from `seen` on are of a kind that no other has, and occur in validation and test alone."""
+    log, kinds = tiny_log(num_items=seen), [[item % 6 if item < seen else 6] for item in range(NUM_ITEMS)]
+    counts = np.append(log.catalogue.counts, np.zeros(NUM_ITEMS - seen, np.int64))
+    known = (attribute("kind", *kinds, num_values=7, is_bag=False), attributes()[1])
+    whole = tiny_log(seed=1)
+    return dataclasses.replace(
+        whole, catalogue=Catalogue(NUM_ITEMS, counts, np.arange(NUM_ITEMS), known), train=log.train
+    )
 
 
 def tiny_model(log, name="sasrec", strategy="full", budget=None, dim=16, init_std=0.05, seed=0, **options):
