@@ -35,11 +35,6 @@ class Comparison:
     points: pd.DataFrame
 
     @property
-    def composes(self) -> bool:
-        """Whether some of the models compose their items."""
-        return bool((self.points.composing_bytes > 0).any())
-
-    @property
     def parts(self) -> dict[str, int]:
         """Parts of the test split -> their cases."""
         return parts_of(self.points, self.metric)

@@ -21,7 +21,7 @@ GROUP = ["experiment", "data", "model", "data_hash"]
 
 _AVERAGED = (
     *METRICS,
-    *("sparsity", "steps_to_95", "model_bytes", "file_bytes", "composing_bytes", "samples_per_second", "wall_seconds"),
+    *("sparsity", "steps_to_95", "model_bytes", "file_bytes", "samples_per_second", "wall_seconds"),
     *("train_bytes", "peak_memory_bytes"),
     *(f"lookup_{size}_{p}" for size in (1, 4096) for p in ("p50", "p99")),
 )

@@ -25,19 +25,10 @@ def markdown_report(sections: Sequence[Section]) -> str:
 def _comparison(comparison: Comparison) -> str:
     points, metrics = comparison.points, comparison.metrics
     timed = points.steps_to_95.notna().any()
-    composes = comparison.composes
-    head = [
-        "model",
-        "strategy",
-        "bytes served",
-        *["to compose items"] * composes,
-        *(METRICS[name].title for name in metrics),
-    ]
+    head = ["model", "strategy", "bytes served", *(METRICS[name].title for name in metrics)]
     head += ["steps to 95 % of MRR"] * bool(timed) + ["seeds"]
     rows = [
-        [row.model, row.label, f"{row.bytes:,}"]
-        + [f"{row.composing_bytes:,.0f}"] * composes
-        + [*(with_std(row, name) for name in metrics)]
+        [row.model, row.label, f"{row.bytes:,}", *(with_std(row, name) for name in metrics)]
         + [f"{row.steps_to_95:,.0f}"] * bool(timed)
         + [str(row.seeds)]
         for _, row in points.iterrows()

@@ -67,8 +67,6 @@ class Sizes:
         float32_bytes: the same tables as plain float32 rows.
         train_bytes: parameters, dense gradients and optimizer state of the tables.
         model_bytes: the whole finalized model, tables and network.
-        composing_bytes: what serving items needs beside the tables, of session models: which values each item has, and
-            the network that composes them; 0 where items have rows.
         peak_memory_bytes: highest resident memory of the process during the cell, data set and libraries included.
         minimum_bytes: smallest feasible budget, where the cell is infeasible.
     """
@@ -81,7 +79,6 @@ class Sizes:
     float32_bytes: int | None = None
     train_bytes: int | None = None
     model_bytes: int | None = None
-    composing_bytes: int | None = None
     peak_memory_bytes: int | None = None
     minimum_bytes: int | None = None
 

@@ -164,7 +164,6 @@ def _measure(cell: Cell, notes: _Notes) -> None:
         "served_bytes": state_bytes(tables),
         "model_bytes": state_bytes(model),
         "file_bytes": saved_bytes(tables),
-        "composing_bytes": workload.composing_bytes(model),
     }
     _check_budget(notes.sizes)
     device = next(iter(tables.state_dict().values())).device

@@ -145,12 +145,10 @@ def _sizes(dataset: dict[str, Any]) -> str:
     if not dataset:
         return "the data set could not be loaded"
     if "num_items" in dataset:
-        rate = dataset.get("metadata_twin_rate")
-        twins = "" if rate is None else f", which don't tell {rate:.1%} of the test items from every other"
         return (
             f"{dataset['train_sessions']:,} sessions of {dataset['train_events']:,} events to train on, "
             f"{dataset['validation_cases']:,} / {dataset['test_cases']:,} cases to validate / test, "
-            f"{dataset['num_items']:,} items, {dataset['num_attributes']} attributes{twins}"
+            f"{dataset['num_items']:,} items, {dataset['num_attributes']} attributes"
         )
     rows = " / ".join(f"{dataset[f'{split}_rows']:,}" for split in ("train", "validation", "test"))
     dense = f", {dataset['num_dense']} dense features" if dataset["num_dense"] else ""

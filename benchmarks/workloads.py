@@ -14,7 +14,7 @@ from benchmarks.results import metric_values
 from embcomp import EmbeddingTables, TableSpec
 from embcomp.errors import ConfigError, did_you_mean
 from recsys_models.ctr import MODELS, build_model, get_model
-from recsys_models.data import ClickLog, SessionLog, load_dataset, load_sessions, metadata_twin_rate
+from recsys_models.data import ClickLog, SessionLog, load_dataset, load_sessions
 from recsys_models.metrics import evaluate
 from recsys_models.ranking import evaluate_cases, rank_cases, ranking_metrics, sliced_metrics, slices_of
 from recsys_models.session import ENCODERS, SessionModel, build_session_model, session_specs, table_counts
@@ -68,10 +68,6 @@ class Workload(ABC):
     @abstractmethod
     def quality(self, model: nn.Module, trained: TrainingResult) -> Quality:
         """Metrics of the finalized model, by the names of `benchmarks.results.METRICS`, and of parts of the test."""
-
-    def composing_bytes(self, model: nn.Module) -> int | None:
-        """Bytes that serving items needs beside the tables; None where there are no items."""
-        return None
 
     @abstractmethod
     def lookup_ids(self) -> Tensor:
@@ -163,14 +159,8 @@ class Sessions(Workload):
             "test_cases": len(data.test),
             "num_items": data.catalogue.num_items,
             "num_attributes": len(data.catalogue.attributes),
-            "metadata_twin_rate": metadata_twin_rate(data) if data.catalogue.attributes else None,
             "num_ids": sum(spec.num_embeddings for spec in self.specs()),
         }
-
-    def composing_bytes(self, model: nn.Module) -> int | None:
-        """Of the items that are read; a head of its own has rows."""
-        assert isinstance(model, SessionModel)
-        return model.items.composing_bytes
 
     def quality(self, model: nn.Module, trained: TrainingResult) -> Quality:
         """NDCG, hit rate and MRR of the ranking of the whole catalogue, by frequency and by length too."""

@@ -37,11 +37,6 @@ class Items(nn.Module, ABC):
         super().__init__()
         self.dim, self.num_items = dim, num_items
 
-    @property
-    def composing_bytes(self) -> int:
-        """Bytes that serving needs beside the tables: which values items have, and the network that composes them."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.parameters(), *self.buffers()))
-
     @abstractmethod
     def forward(self, ids: Tensor) -> Tensor:
         """Vectors float32 ``(..., D)`` of items int64 ``(...)``."""
@@ -107,10 +102,10 @@ class MetadataItems(Items):
     """
 
     _values: Tensor
-    _offsets: Tensor
-    _owners: Tensor
+    _tables_of: Tensor
+    _weights: Tensor
     _is_bag: Tensor
-    _weights: Tensor | None
+    _offsets: Tensor
 
     def __init__(
         self,
@@ -125,16 +120,13 @@ class MetadataItems(Items):
         self._tables = (tables,)
         self.num_attributes = len(attributes)
         self.residual = ItemTable(tables) if residual else None
+        owners = [tables.index_of(attribute.name) for attribute in attributes]
         self.projection = nn.Linear(self.num_attributes * self.dim, self.dim)
         self.norm = nn.LayerNorm(self.dim)
         self.out = nn.Linear(self.dim, self.dim)
         nn.init.eye_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        owners = torch.tensor([tables.index_of(attribute.name) for attribute in attributes])
-        is_bag = torch.tensor([attribute.is_bag for attribute in attributes])
-        values, offsets, weights = _cells(attributes, bag_pooling)
-        found = {"_values": values, "_offsets": offsets, "_owners": owners, "_is_bag": is_bag, "_weights": weights}
-        for name, tensor in found.items():
+        for name, tensor in _cells(attributes, owners, bag_pooling).items():
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -212,19 +204,18 @@ class MetadataItems(Items):
 
     def _pooled(self, ids: Tensor, dropout: float = 0.0) -> Tensor:
         """The attributes of items int64 ``(n,)`` in ``[0, V]``: float32 ``(n, A, D)``."""
-        columns = torch.arange(self.num_attributes, device=ids.device)
-        cells = (ids[:, None] * self.num_attributes + columns).flatten()
-        start = self._offsets[cells].long()
+        cells = (ids[:, None] * self.num_attributes + torch.arange(self.num_attributes, device=ids.device)).flatten()
+        start = self._offsets[cells]
         length = self._offsets[cells + 1] - start
         bounds = torch.cat([length.new_zeros(1), length.cumsum(0)])
-        cell = torch.repeat_interleave(length)  # of each value
-        flat = (start - bounds[:-1])[cell] + torch.arange(len(cell), device=ids.device)
-        column = cell % self.num_attributes
-        weights = 1 / length[cell].float() if self._weights is None else self._weights[flat]
+        shift = torch.repeat_interleave(start - bounds[:-1], length)
+        flat = shift + torch.arange(len(shift), device=ids.device)
+        weights = self._weights[flat]
         if dropout:
-            weights = torch.where(self._is_bag[column], F.dropout(weights, dropout), weights)
-        values, owners = self._values[flat].long(), self._owners[column]
-        pooled = self._tables[0].bag(values, bounds, owners, per_sample_weights=weights, include_last_offset=True)
+            weights = torch.where(self._is_bag[flat], F.dropout(weights, dropout), weights)
+        pooled = self._tables[0].bag(
+            self._values[flat], bounds, self._tables_of[flat], per_sample_weights=weights, include_last_offset=True
+        )
         return pooled.view(len(ids), self.num_attributes, self.dim)
 
 
@@ -271,30 +262,26 @@ class ComposedScorer(ItemScorer):
             return self.items._compose(numbers)
 
 
-def _cells(attributes: Sequence[Attribute], bag_pooling: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The values of all attributes, item by item, where each cell begins, and, of ``"idf"``, the values' weights.
+def _cells(attributes: Sequence[Attribute], owners: Sequence[int], bag_pooling: str) -> dict[str, Tensor]:
+    """The values of all attributes, item by item: values, their tables and weights, and where each cell begins.
 
-    One more item, behind the last, has no value of any. Integers are as small as can be.
+    One more item, behind the last, has no value of any.
     """
     number = len(attributes)
     lengths = torch.stack([torch.tensor(a.lengths) for a in attributes], dim=1)
     ends = lengths.flatten().cumsum(0)
     offsets, total = torch.cat([ends.new_zeros(1), ends, ends[-1].repeat(number)]), int(ends[-1])
-    values, weights = torch.empty(total, dtype=torch.int64), torch.empty(total)
-    for column, attribute in enumerate(attributes):
+    values, tables = torch.empty(total, dtype=torch.int64), torch.empty(total, dtype=torch.int64)
+    weights, is_bag = torch.empty(total), torch.empty(total, dtype=torch.bool)
+    for column, (attribute, owner) in enumerate(zip(attributes, owners, strict=True)):
         own = torch.tensor(attribute.values, dtype=torch.int64)
         item = torch.repeat_interleave(lengths[:, column])
         within = torch.arange(len(own)) - torch.tensor(attribute.offsets)[item]
         place = offsets[item * number + column] + within
         worth = torch.ones(len(own))
-        if attribute.is_bag:
+        if bag_pooling == "idf" and attribute.is_bag:
             worth = (len(lengths) / torch.bincount(own)).log().clamp_min(1e-6)[own]
         share = torch.zeros(len(lengths)).index_add_(0, item, worth)
-        values[place], weights[place] = own, worth / share[item]
-    return _smallest(values), _smallest(offsets), weights if bag_pooling == "idf" else None
-
-
-def _smallest(numbers: Tensor) -> Tensor:
-    """Numbers int64 ``(n,)`` from 0 on in the smallest integers that hold them."""
-    most = int(numbers.max()) if len(numbers) else 0
-    return numbers.to(next(d for d in (torch.int16, torch.int32, torch.int64) if most <= torch.iinfo(d).max))
+        values[place], tables[place], is_bag[place] = own, owner, attribute.is_bag
+        weights[place] = worth / share[item]
+    return {"_values": values, "_tables_of": tables, "_weights": weights, "_is_bag": is_bag, "_offsets": offsets}

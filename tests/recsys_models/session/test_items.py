@@ -72,20 +72,6 @@ def test_twins_have_one_vector_and_a_residual_tells_them_apart():
     assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("bag_pooling", ["mean", "idf"])
-def test_bytes_beside_the_tables_are_those_of_the_map_and_of_the_network(bag_pooling):
-    catalogue = tiny_log().catalogue
-    _, items = items_of(catalogue, bag_pooling=bag_pooling)
-    kind, words = catalogue.attributes
-    values = len(kind.values) + len(words.values)
-    network = 4 * (2 * 8 * 8 + 8 + 8 + 8 + 8 * 8 + 8)
-    numbers = 2 * values + 2 * (2 * (NUM_ITEMS + 1) + 1)  # two bytes for each value, and for where each cell begins
-    columns = 2 * (8 + 1)
-    assert items.composing_bytes == network + numbers + columns + (4 * values if bag_pooling == "idf" else 0)
-    model = tiny_model(tiny_log(), "sasrec")
-    assert model.items.composing_bytes == 0
-
-
 def test_an_item_of_which_nothing_is_known_has_a_vector_all_the_same():
     empty = attribute("words", *([[]] * NUM_ITEMS), num_values=1)
     catalogue = tiny_log().catalogue
