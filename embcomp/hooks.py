@@ -112,6 +112,8 @@ class TableHooks(nn.Module):
     def pareto(self) -> list[FrontPoint]:
         """Forms of falling size that one training has led to, with bytes and validation values, the largest first.
 
+        Values are those that the search evaluated, with batch-norm statistics as training had left them.
+
         Raises:
             ConfigError: if the strategy has no such front, or it is not there yet.
         """
@@ -119,6 +121,9 @@ class TableHooks(nn.Module):
 
     def cut_(self, budget: str | float | Budget) -> None:
         """Go to the form of the front that a budget allows; nothing is trained or evaluated.
+
+        Batch norms of the model keep the statistics of the form before: `embcomp.training.recalibrate_` takes those of
+        the new one.
 
         Raises:
             ConfigError: as `pareto`.

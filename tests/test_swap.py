@@ -381,6 +381,30 @@ def test_a_front_of_sizes_is_on_the_handle():
     assert handle.finalize_().memory().serve_bytes <= 0.3 * 50 * 8 * 4
 
 
+def test_bug_stale_batch_norm_statistics_a_cut_takes_those_of_the_form_it_goes_to():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 8), nn.Flatten(), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    handle = embcomp.compress_(model, "nested", verbose=False)
+    ids = torch.arange(50)[:, None]
+
+    def run():
+        model(ids)
+
+    phases = Phases(model)
+    for phase in phases:
+        phases.enter_(phase)
+        if phase.is_search:
+            phases.search_(lambda: float(model[0](ids).detach().square().mean()), recalibrate=run)
+        phases.leave_(phase)
+    before = model[2].running_var.clone()
+    assert handle.cut_("10%", recalibrate=run) is handle
+    vectors = model[1](model[0](ids)).detach()
+    torch.testing.assert_close(model[2].running_mean, vectors.mean(0))
+    torch.testing.assert_close(model[2].running_var, vectors.var(0))
+    assert not torch.allclose(model[2].running_var, before, rtol=0.1)
+    assert all(module.training for module in model.modules())
+
+
 def test_a_front_belongs_to_one_group():
     model = nn.ModuleList([nn.Embedding(50, 8), nn.Embedding(50, 4)])
     handle = embcomp.compress_(model, "nested", verbose=False)
