@@ -126,7 +126,7 @@ class TableHooks(nn.Module):
         the new one.
 
         Raises:
-            ConfigError: as `pareto`.
+            ConfigError: as `pareto`, and if the tables are finalized.
             BudgetError: if the budget can't be read, or the smallest form takes more.
         """
         self.pareto()

@@ -107,7 +107,7 @@ class Compression:
                 statistics are taken from that. A model with batch norms needs it, or has those of another form.
 
         Raises:
-            ConfigError: as `pareto`.
+            ConfigError: as `pareto`, and if the tables are finalized.
             BudgetError: if the budget can't be read, or the smallest form takes more.
         """
         self._only_group("cut_").cut_(budget)

@@ -223,6 +223,11 @@ class NestedTables(CutTables):
         return self._cutting.front()
 
     def cut_(self, budget: str | float | Budget) -> None:
+        if self.is_final:
+            raise ConfigError(
+                f"cut_({budget!r}): tables {', '.join(self.names)} are finalized, and have lost what was cut; "
+                "cut before finalize_, or cut the training form and finalize that"
+            )
         smallest = self.pareto()[-1].bytes
         limit = Budget.parse(budget).bytes(sum(spec.full_bytes for spec in self.specs))
         assert self._cutting is not None

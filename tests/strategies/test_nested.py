@@ -162,6 +162,17 @@ def test_one_training_has_a_front_of_all_sizes():
         cut(build(unseen="oov_row")).cut_("1B")
 
 
+def test_a_cut_of_finalized_tables_is_refused_and_changes_nothing():
+    final = cut(build("30%")).finalize()
+    widths, config, vectors, limit = final.widths_of("user"), final.config, final(ids()), final._cutting.limit
+    for budget in ("5%", "60%"):
+        with pytest.raises(ConfigError, match=r"user, item, flag are finalized.* cut before finalize_"):
+            final.cut_(budget)
+    assert torch.equal(final.widths_of("user"), widths)
+    assert (final.config, final._cutting.limit) == (config, limit)
+    assert torch.equal(final(ids()), vectors)
+
+
 def test_a_front_needs_a_cut():
     with pytest.raises(ConfigError, match="before the cut"):
         build().pareto()
