@@ -9,6 +9,7 @@ from embcomp.training import Phases
 
 SPECS = [TableSpec("user", 300, 8, init_std=1.0), TableSpec("item", 40, 8, init_std=1.0), TableSpec("flag", 3, 8)]
 COUNTS = {spec.name: torch.arange(spec.num_embeddings, 0, -1) for spec in SPECS}
+ZIPF = {spec.name: (10**4 / (1 + torch.arange(spec.num_embeddings))).long() + 1 for spec in SPECS}
 
 
 def build(budget=None, counts=COUNTS, specs=SPECS, **options):
@@ -30,13 +31,13 @@ class Model(torch.nn.Module):
         return self.last(self.tables(ids).flatten(1)).squeeze(1)
 
 
-def cut(tables, worth=(1.0, 1.0, 1.0)):
-    """Go through the phases, with an evaluation that likes the tables' first values best."""
+def cut(tables, worth=(1.0, 1.0, 1.0), evaluate=None):
+    """Go through the phases, with an evaluation that likes the tables' first values best, or another one."""
     model = Model(tables)
     phases = Phases(model)
     weights = torch.tensor(worth)
 
-    def evaluate():
+    def values_shown():
         shown = tables.rows.weight.new_tensor(0.0)
         with torch.no_grad():
             vectors = tables(ids())
@@ -46,7 +47,7 @@ def cut(tables, worth=(1.0, 1.0, 1.0)):
     for phase in phases:
         phases.enter_(phase)
         if phase.is_search:
-            phases.search_(evaluate)
+            phases.search_(evaluate or values_shown)
         phases.leave_(phase)
     return tables
 
@@ -144,10 +145,26 @@ def test_what_matters_most_keeps_its_width():
 
 
 def test_frequency_tiers_have_widths_of_their_own():
-    zipf = {spec.name: (10**4 / (1 + torch.arange(spec.num_embeddings))).long() + 1 for spec in SPECS}
-    tables = cut(build("25%", counts=zipf, tiers=3))
-    assert len(tables.config.layout["user"].split()) >= 2
+    tables = build("12%", counts=ZIPF, tiers=3, projection="none")
+
+    def evaluate():
+        return float(tables.materialize("user")[6:44].detach().square().sum())  # only the second tier matters
+
+    cut(tables, evaluate=evaluate)
+    widths = tables.widths_of("user")
+    assert widths[6:44].tolist() == [8] * 38
+    assert max(widths[:6].max(), widths[44:].max()) < 8
     assert 0 < tables.memory().serve_bytes <= tables.config.limit_bytes
+
+
+@pytest.mark.parametrize("tiers", [1, 3])
+def test_each_tier_is_a_part_of_the_layout(tiers):
+    tables = cut(build(counts=ZIPF, tiers=tiers))
+    assert {name: len(text.split()) for name, text in tables.config.layout.items()} == {
+        "user": tiers,
+        "item": tiers,
+        "flag": tiers,
+    }
 
 
 def test_one_training_has_a_front_of_all_sizes():
