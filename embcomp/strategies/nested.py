@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +38,8 @@ from embcomp.tables import EmbeddingTables
 from embcomp.training.greedy import GreedyCut
 from embcomp.training.search import Candidate, FrontPoint, Search
 
+logger = logging.getLogger(__name__)
+
 MOST_TIERS = 256
 RETRAIN = ("none", "finetune", "initial")
 _NOWHERE = torch.iinfo(torch.int64).max
@@ -51,7 +54,7 @@ class NestedConfig(CutConfig):
             the powers of two below D, and D. Width 0, no row at all, is always possible.
         distill: weight of the divergence of narrower passes' predictions from those of the full width.
         tiers: frequency tiers that a table is cut into, each with a width of its own; only where counts are given, and
-            ids are numbered by falling frequency.
+            ids are numbered by falling frequency. Other tables are cut as a whole, and the log names them.
         retrain: what follows the cut: ``"none"``; ``"finetune"``: training goes on with the widths that were chosen;
             ``"initial"``: it begins anew with them, from the first weights.
         layout: table name -> ``"stop<width"`` for consecutive ranges of ids, joined by spaces; None to let the budget,
@@ -133,6 +136,8 @@ class NestedTables(CutTables):
         self.register_buffer("bounds", torch.zeros(self.num_tables, self._most, dtype=torch.int64))
         self.register_buffer("widths", torch.zeros(self.num_tables, self._most, dtype=torch.int64))
         self._write_layout()
+        if config.tiers > 1 and not self.bounds.is_meta:
+            self._log_whole(known)
         self.reset_parameters()
 
     # ---- lookups ----------------------------------------------------------------------------------------------------
@@ -395,6 +400,18 @@ class NestedTables(CutTables):
         return cls.resize(specs, config, whole, known)
 
     # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _log_whole(self, known: Sequence[Tensor | None]) -> None:
+        """Name the tables that ``tiers`` can't divide."""
+        found = list(zip(self.names, known, self._ordered, strict=True))
+        if missing := [name for name, count, _ in found if count is None]:
+            logger.info("no counts of tables %s: they are cut as a whole, not in tiers", ", ".join(missing))
+        if unordered := [name for name, count, ordered in found if count is not None and not ordered]:
+            logger.warning(
+                "ids of tables %s are not numbered by falling frequency: they are cut as a whole, not in tiers; "
+                "number ids by count, the most frequent first, and give counts in that order",
+                ", ".join(unordered),
+            )
 
     def _checked_layout(self) -> list[list[Part]]:
         if self.config.layout is None:

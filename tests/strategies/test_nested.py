@@ -167,6 +167,20 @@ def test_each_tier_is_a_part_of_the_layout(tiers):
     }
 
 
+def test_tables_that_tiers_cannot_divide_are_named(caplog):
+    counts = {"user": ZIPF["user"].flip(0), "item": ZIPF["item"]}
+    with caplog.at_level("INFO", logger="embcomp"):
+        build(counts=counts)
+        build(counts=ZIPF, tiers=3)
+        assert not caplog.records
+        build(counts=counts, tiers=3)
+    missing, unordered = caplog.records
+    assert missing.levelname == "INFO"
+    assert "no counts of tables flag" in missing.getMessage()
+    assert unordered.levelname == "WARNING"
+    assert "ids of tables user are not numbered by falling frequency" in unordered.getMessage()
+
+
 def test_one_training_has_a_front_of_all_sizes():
     tables = cut(build())
     front = tables.pareto()
