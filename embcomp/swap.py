@@ -94,12 +94,16 @@ class Compression:
         Values are those that the search evaluated, with batch-norm statistics as training had left them.
 
         Raises:
-            ConfigError: if there are several groups, each of which has its own, or the strategy has no front.
+            ConfigError: if there are several groups, each of which has its own (``tables.pareto()`` for ``tables`` in
+                `tables`), the strategy has no front, or it is not there yet.
         """
         return self._only_group("pareto").pareto()
 
     def cut_(self, budget: str | float | Budget, recalibrate: Callable[[], None] | None = None) -> Compression:
         """Go to another budget on that front, before `finalize_`; see `EmbeddingTables.cut_`.
+
+        Several groups are cut one by one, ``handle.tables[0].cut_(budget)``, where a share is one of the group's bytes;
+        after the last of them, `embcomp.training.recalibrate_` does for the model what ``recalibrate`` does here.
 
         Args:
             budget: see `Budget.parse`; a share is one of the tables' float32 bytes.

@@ -224,8 +224,34 @@ class NestedTables(CutTables):
 
     def pareto(self) -> list[FrontPoint]:
         if self._cutting is None:
-            raise ConfigError("there is no front before the cut: run the phases first, with embcomp.training.Phases")
+            raise ConfigError(
+                "there is no front before the cut: run the phases first, with embcomp.training.Phases, or load the "
+                "training form that save_pretrained saved after it"
+            )
         return self._cutting.front()
+
+    def front_state(self) -> dict[str, Any] | None:
+        if self._cutting is None or self.is_final:
+            return None
+        front = [[list(point.candidate), point.value] for point in self._cutting.front()]
+        return {"tiers": self._tiers, "ordered": self._ordered, "front": front} if front else None
+
+    def load_front_(self, state: Mapping[str, Any] | None) -> None:
+        self._cutting = None
+        if state is None:
+            return
+        tiers, ordered = [list(map(int, own)) for own in state["tiers"]], list(map(bool, state["ordered"]))
+        candidates = [tuple(map(int, candidate)) for candidate, _ in state["front"]]
+        genes, rungs = sum(map(len, tiers)), {0, *self._ladder}
+        if (
+            [own[-1:] for own in tiers] != [[spec.num_embeddings] for spec in self.specs]
+            or len(ordered) != self.num_tables
+            or not candidates
+            or any(len(candidate) != genes or not rungs.issuperset(candidate) for candidate in candidates)
+        ):
+            raise ValueError(f"the front is not of tables {', '.join(self.names)}")
+        self._tiers, self._ordered = tiers, ordered
+        self.make_search().load({"known": state["front"], "path": candidates, "slopes": []})
 
     def cut_(self, budget: str | float | Budget) -> None:
         if self.is_final:

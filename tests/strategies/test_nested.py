@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from embcomp import BudgetError, ConfigError, NestedConfig, TableSpec, build_tables, load_tables, plan, save_pretrained
+from embcomp import (
+    BudgetError,
+    ConfigError,
+    IncompatibleStateError,
+    NestedConfig,
+    TableSpec,
+    build_tables,
+    load_tables,
+    plan,
+    save_pretrained,
+)
 from embcomp.strategies._layouts import layout_bytes, parse_layout
 from embcomp.training import Phases
 
@@ -219,6 +229,39 @@ def test_the_form_is_saved_and_found_again(tmp_path):
     assert torch.equal(fresh.eval()(ids()), tables.eval()(ids()))
     (loaded,) = load_tables(save_pretrained(tables.finalize(), tmp_path))
     assert torch.equal(loaded(ids()), tables.finalize()(ids()))
+
+
+@pytest.mark.parametrize("options", [{}, {"counts": ZIPF, "tiers": 3, "unseen": "oov_row"}])
+def test_the_front_is_saved_with_the_training_form(tmp_path, options):
+    tables = cut(build("30%", **options))
+    (loaded,) = load_tables(save_pretrained(tables, tmp_path))
+    assert loaded.pareto() == tables.pareto()
+    for budget in ("8%", "50%"):
+        tables.cut_(budget)
+        loaded.cut_(budget)
+        assert loaded.config == tables.config
+        assert torch.equal(loaded.eval()(ids()), tables.eval()(ids()))
+    (served,) = load_tables(save_pretrained(loaded.finalize(), tmp_path))
+    with pytest.raises(ConfigError, match="load the training form"):
+        served.pareto()
+
+
+def test_a_front_of_other_tables_is_refused(tmp_path, monkeypatch):
+    tables = cut(build("30%"))
+    state = tables.front_state()
+    for wrong in (
+        {**state, "tiers": state["tiers"][1:]},
+        {**state, "ordered": [True]},
+        {**state, "front": [[[3, 8, 8], 1.0]]},
+        {**state, "front": [[[8, 8], 1.0]]},
+        {**state, "front": []},
+    ):
+        with pytest.raises(ValueError, match="not of tables user, item, flag"):
+            build("30%").load_front_(wrong)
+    for wrong in ({**state, "ordered": []}, {"tiers": state["tiers"]}):
+        monkeypatch.setattr(tables, "front_state", lambda wrong=wrong: wrong)
+        with pytest.raises(IncompatibleStateError, match="describes tables that can't be built"):
+            load_tables(save_pretrained(tables, tmp_path))
 
 
 def test_layout_bytes_are_those_of_the_values():
