@@ -65,10 +65,12 @@ def _empty_tables(raw: Any, file: Path) -> EmbeddingTables:
         specs = [TableSpec(**spec) for spec in get(raw, "specs", list, file)]
         with torch.device("meta"):
             tables = strategy_of(config).tables_class(specs, config)
+            if "front" in raw:
+                tables.load_front_(get(raw, "front", dict, file))
             return tables.finalize_() if get(raw, "is_final", bool, file) else tables
     except IncompatibleStateError:
         raise
-    except (EmbcompError, TypeError, ValueError, RuntimeError) as error:
+    except (EmbcompError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise IncompatibleStateError(f"{file} describes tables that can't be built: {error}") from error
 
 
@@ -179,6 +181,7 @@ def load_compressed(model: nn.Module, saved: Sequence[SavedGroup], checkpoint: C
         if by_prefix[prefix].empty.is_final:
             tables.finalize_()
         tables.load_state_dict(by_prefix[prefix].state, assign=any(p.is_meta for p in tables.parameters()))
+        tables.load_front_(by_prefix[prefix].empty.front_state())
     model.load_state_dict(rest, strict=False, assign=any(tensor.is_meta for tensor in expected.values()))
     return list(groups.values())
 

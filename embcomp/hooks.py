@@ -112,6 +112,9 @@ class TableHooks(nn.Module):
     def pareto(self) -> list[FrontPoint]:
         """Forms of falling size that one training has led to, with bytes and validation values, the largest first.
 
+        `embcomp.save_pretrained` keeps them with the training form; a state dict alone does not, nor the serving form.
+        Values are those that the search evaluated, with batch-norm statistics as training had left them.
+
         Raises:
             ConfigError: if the strategy has no such front, or it is not there yet.
         """
@@ -120,11 +123,25 @@ class TableHooks(nn.Module):
     def cut_(self, budget: str | float | Budget) -> None:
         """Go to the form of the front that a budget allows; nothing is trained or evaluated.
 
+        Batch norms of the model keep the statistics of the form before: `embcomp.training.recalibrate_` takes those of
+        the new one.
+
         Raises:
-            ConfigError: as `pareto`.
+            ConfigError: as `pareto`, and if the tables are finalized.
             BudgetError: if the budget can't be read, or the smallest form takes more.
         """
         self.pareto()
+
+    def front_state(self) -> dict[str, Any] | None:
+        """What `pareto` and `cut_` need beside a state dict, as JSON values, to be saved; None where nothing."""
+        return None
+
+    def load_front_(self, state: Mapping[str, Any] | None) -> None:
+        """Take over a `front_state` of the same tables; None for no front.
+
+        Raises:
+            ValueError, KeyError or TypeError: if it is no such state.
+        """
 
     def widths_of(self, table: int | str) -> Tensor | None:
         """Values that are stored for each id alone, int64 ``(V,)``, 0 to D; None where ids share what is stored."""

@@ -32,8 +32,8 @@ def save_pretrained(module: nn.Module | Compression, folder: str | Path) -> Path
     """Save tables, or a model with all its weights, into a folder.
 
     The form is saved that the tables have: `finalize_` first to save what serves, or save the training form to go on
-    with. Optimizer state is not saved. An older checkpoint in the folder is replaced atomically. One process may save
-    to a folder at a time.
+    with, which keeps its front of sizes. Optimizer state is not saved. An older checkpoint in the folder is replaced
+    atomically. One process may save to a folder at a time.
 
     Args:
         module: `EmbeddingTables`, a model with compressed tables, or what `compress_` returned.
@@ -125,6 +125,7 @@ def load_pretrained_(model: nn.Module, folder: str | Path, verbose: bool = True)
 
 
 def _describe(prefix: str, tables: EmbeddingTables) -> dict[str, Any]:
+    front = tables.front_state()
     report, trained = tables.memory(), [p.requires_grad for p in tables.parameters()]
     return {
         "prefix": prefix,
@@ -134,6 +135,7 @@ def _describe(prefix: str, tables: EmbeddingTables) -> dict[str, Any]:
         "frozen": bool(trained) and not any(trained),
         "serve_bytes": report.serve_bytes,
         "full_bytes": report.full_bytes,
+        **({} if front is None else {"front": front}),
     }
 
 

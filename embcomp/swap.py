@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from embcomp.reporting import format_rows, table_rows
 from embcomp.sites import Fields, Filter, Patterns, Site, attach, choose, find_groups, find_sites, home_of, owner_path
 from embcomp.specs import TableSpec
 from embcomp.tables import EmbeddingTables
+from embcomp.training.batch_norms import recalibrate_
 from embcomp.training.reassigned import step_tables_
 
 if TYPE_CHECKING:
@@ -91,14 +92,32 @@ class Compression:
     def pareto(self) -> list[FrontPoint]:
         """The front of sizes that one training has led to; see `EmbeddingTables.pareto`.
 
+        Values are those that the search evaluated, with batch-norm statistics as training had left them.
+
         Raises:
-            ConfigError: if there are several groups, each of which has its own, or the strategy has no front.
+            ConfigError: if there are several groups, each of which has its own (``tables.pareto()`` for ``tables`` in
+                `tables`), the strategy has no front, or it is not there yet.
         """
         return self._only_group("pareto").pareto()
 
-    def cut_(self, budget: str | float | Budget) -> Compression:
-        """Go to another budget on that front, before `finalize_`; see `EmbeddingTables.cut_`."""
+    def cut_(self, budget: str | float | Budget, recalibrate: Callable[[], None] | None = None) -> Compression:
+        """Go to another budget on that front, before `finalize_`; see `EmbeddingTables.cut_`.
+
+        Several groups are cut one by one, ``handle.tables[0].cut_(budget)``, where a share is one of the group's bytes;
+        after the last of them, `embcomp.training.recalibrate_` does for the model what ``recalibrate`` does here.
+
+        Args:
+            budget: see `Budget.parse`; a share is one of the tables' float32 bytes.
+            recalibrate: runs the model on training batches, as in `embcomp.training.Phases.search_`: batch-norm
+                statistics are taken from that. A model with batch norms needs it, or has those of another form.
+
+        Raises:
+            ConfigError: as `pareto`, and if the tables are finalized.
+            BudgetError: if the budget can't be read, or the smallest form takes more.
+        """
         self._only_group("cut_").cut_(budget)
+        if recalibrate is not None:
+            recalibrate_(self.model, recalibrate)
         return self
 
     def _only_group(self, method: str) -> EmbeddingTables:

@@ -8,8 +8,8 @@ from torch import nn
 
 import embcomp
 from embcomp.errors import ConfigError
-from embcomp.sites import GROUPS, LEAST_STD
-from embcomp.training import Phases
+from embcomp.sites import GROUPS, LEAST_STD, find_groups
+from embcomp.training import Phases, recalibrate_
 
 
 class Model(nn.Module):
@@ -381,6 +381,30 @@ def test_a_front_of_sizes_is_on_the_handle():
     assert handle.finalize_().memory().serve_bytes <= 0.3 * 50 * 8 * 4
 
 
+def test_bug_stale_batch_norm_statistics_a_cut_takes_those_of_the_form_it_goes_to():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 8), nn.Flatten(), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    handle = embcomp.compress_(model, "nested", verbose=False)
+    ids = torch.arange(50)[:, None]
+
+    def run():
+        model(ids)
+
+    phases = Phases(model)
+    for phase in phases:
+        phases.enter_(phase)
+        if phase.is_search:
+            phases.search_(lambda: float(model[0](ids).detach().square().mean()), recalibrate=run)
+        phases.leave_(phase)
+    before = model[2].running_var.clone()
+    assert handle.cut_("10%", recalibrate=run) is handle
+    vectors = model[1](model[0](ids)).detach()
+    torch.testing.assert_close(model[2].running_mean, vectors.mean(0))
+    torch.testing.assert_close(model[2].running_var, vectors.var(0))
+    assert not torch.allclose(model[2].running_var, before, rtol=0.1)
+    assert all(module.training for module in model.modules())
+
+
 def test_a_front_belongs_to_one_group():
     model = nn.ModuleList([nn.Embedding(50, 8), nn.Embedding(50, 4)])
     handle = embcomp.compress_(model, "nested", verbose=False)
@@ -394,3 +418,34 @@ def test_bug_the_report_says_what_trains_in_phases():
         assert ("trains in phases" in report) == (told is not None)
         if told is not None:
             assert f"  trains in phases, {told}: take the model through them by embcomp.training.Phases" in report
+
+    with pytest.raises(ConfigError, match="2 groups of tables: call cut_ of each"):
+        handle.cut_("10%")
+
+
+def test_groups_are_cut_each_by_itself_and_keep_their_fronts_in_files(tmp_path):
+    def plain():
+        return nn.ModuleList([nn.Embedding(50, 8), nn.Embedding(50, 4), nn.BatchNorm1d(8)])
+
+    model, ids = plain(), torch.arange(50)
+    handle = embcomp.compress_(model, "nested", verbose=False)
+    phases = Phases(model)
+    for phase in phases:
+        phases.enter_(phase)
+        if phase.is_search:
+            phases.search_(lambda: sum(float(model[i](ids).detach().square().mean()) for i in range(2)))
+        phases.leave_(phase)
+    for tables, budget in zip(handle.tables, ("10%", "30%"), strict=True):
+        tables.cut_(budget)
+        assert tables.memory().ratio <= float(budget[:-1]) / 100
+    recalibrate_(model, lambda: model[2](model[0](ids)))
+    torch.testing.assert_close(model[2].running_var, model[0](ids).detach().var(0))
+    folder = embcomp.save_pretrained(model, tmp_path)
+    same = copy.deepcopy(model)
+    for tables in find_groups(same).values():
+        tables.load_front_(None)
+    for other in (plain(), same):
+        loaded = embcomp.load_pretrained_(other, folder, verbose=False)
+        for own, tables in zip(loaded.tables, handle.tables, strict=True):
+            assert own.pareto() == tables.pareto()
+            own.cut_("50%")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +38,8 @@ from embcomp.tables import EmbeddingTables
 from embcomp.training.greedy import GreedyCut
 from embcomp.training.search import Candidate, FrontPoint, Search
 
+logger = logging.getLogger(__name__)
+
 MOST_TIERS = 256
 RETRAIN = ("none", "finetune", "initial")
 _NOWHERE = torch.iinfo(torch.int64).max
@@ -51,7 +54,7 @@ class NestedConfig(CutConfig):
             the powers of two below D, and D. Width 0, no row at all, is always possible.
         distill: weight of the divergence of narrower passes' predictions from those of the full width.
         tiers: frequency tiers that a table is cut into, each with a width of its own; only where counts are given, and
-            ids are numbered by falling frequency.
+            ids are numbered by falling frequency. Other tables are cut as a whole, and the log names them.
         retrain: what follows the cut: ``"none"``; ``"finetune"``: training goes on with the widths that were chosen;
             ``"initial"``: it begins anew with them, from the first weights.
         layout: table name -> ``"stop<width"`` for consecutive ranges of ids, joined by spaces; None to let the budget,
@@ -133,6 +136,8 @@ class NestedTables(CutTables):
         self.register_buffer("bounds", torch.zeros(self.num_tables, self._most, dtype=torch.int64))
         self.register_buffer("widths", torch.zeros(self.num_tables, self._most, dtype=torch.int64))
         self._write_layout()
+        if config.tiers > 1 and not self.bounds.is_meta:
+            self._log_whole(known)
         self.reset_parameters()
 
     # ---- lookups ----------------------------------------------------------------------------------------------------
@@ -219,10 +224,41 @@ class NestedTables(CutTables):
 
     def pareto(self) -> list[FrontPoint]:
         if self._cutting is None:
-            raise ConfigError("there is no front before the cut: run the phases first, with embcomp.training.Phases")
+            raise ConfigError(
+                "there is no front before the cut: run the phases first, with embcomp.training.Phases, or load the "
+                "training form that save_pretrained saved after it"
+            )
         return self._cutting.front()
 
+    def front_state(self) -> dict[str, Any] | None:
+        if self._cutting is None or self.is_final:
+            return None
+        front = [[list(point.candidate), point.value] for point in self._cutting.front()]
+        return {"tiers": self._tiers, "ordered": self._ordered, "front": front} if front else None
+
+    def load_front_(self, state: Mapping[str, Any] | None) -> None:
+        self._cutting = None
+        if state is None:
+            return
+        tiers, ordered = [list(map(int, own)) for own in state["tiers"]], list(map(bool, state["ordered"]))
+        candidates = [tuple(map(int, candidate)) for candidate, _ in state["front"]]
+        genes, rungs = sum(map(len, tiers)), {0, *self._ladder}
+        if (
+            [own[-1:] for own in tiers] != [[spec.num_embeddings] for spec in self.specs]
+            or len(ordered) != self.num_tables
+            or not candidates
+            or any(len(candidate) != genes or not rungs.issuperset(candidate) for candidate in candidates)
+        ):
+            raise ValueError(f"the front is not of tables {', '.join(self.names)}")
+        self._tiers, self._ordered = tiers, ordered
+        self.make_search().load({"known": state["front"], "path": candidates, "slopes": []})
+
     def cut_(self, budget: str | float | Budget) -> None:
+        if self.is_final:
+            raise ConfigError(
+                f"cut_({budget!r}): tables {', '.join(self.names)} are finalized, and have lost what was cut; "
+                "cut before finalize_, or cut the training form and finalize that"
+            )
         smallest = self.pareto()[-1].bytes
         limit = Budget.parse(budget).bytes(sum(spec.full_bytes for spec in self.specs))
         assert self._cutting is not None
@@ -390,6 +426,18 @@ class NestedTables(CutTables):
         return cls.resize(specs, config, whole, known)
 
     # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _log_whole(self, known: Sequence[Tensor | None]) -> None:
+        """Name the tables that ``tiers`` can't divide."""
+        found = list(zip(self.names, known, self._ordered, strict=True))
+        if missing := [name for name, count, _ in found if count is None]:
+            logger.info("no counts of tables %s: they are cut as a whole, not in tiers", ", ".join(missing))
+        if unordered := [name for name, count, ordered in found if count is not None and not ordered]:
+            logger.warning(
+                "ids of tables %s are not numbered by falling frequency: they are cut as a whole, not in tiers; "
+                "number ids by count, the most frequent first, and give counts in that order",
+                ", ".join(unordered),
+            )
 
     def _checked_layout(self) -> list[list[Part]]:
         if self.config.layout is None:

@@ -3,12 +3,23 @@
 import pytest
 import torch
 
-from embcomp import BudgetError, ConfigError, NestedConfig, TableSpec, build_tables, load_tables, plan, save_pretrained
+from embcomp import (
+    BudgetError,
+    ConfigError,
+    IncompatibleStateError,
+    NestedConfig,
+    TableSpec,
+    build_tables,
+    load_tables,
+    plan,
+    save_pretrained,
+)
 from embcomp.strategies._layouts import layout_bytes, parse_layout
 from embcomp.training import Phases
 
 SPECS = [TableSpec("user", 300, 8, init_std=1.0), TableSpec("item", 40, 8, init_std=1.0), TableSpec("flag", 3, 8)]
 COUNTS = {spec.name: torch.arange(spec.num_embeddings, 0, -1) for spec in SPECS}
+ZIPF = {spec.name: (10**4 / (1 + torch.arange(spec.num_embeddings))).long() + 1 for spec in SPECS}
 
 
 def build(budget=None, counts=COUNTS, specs=SPECS, **options):
@@ -30,13 +41,13 @@ class Model(torch.nn.Module):
         return self.last(self.tables(ids).flatten(1)).squeeze(1)
 
 
-def cut(tables, worth=(1.0, 1.0, 1.0)):
-    """Go through the phases, with an evaluation that likes the tables' first values best."""
+def cut(tables, worth=(1.0, 1.0, 1.0), evaluate=None):
+    """Go through the phases, with an evaluation that likes the tables' first values best, or another one."""
     model = Model(tables)
     phases = Phases(model)
     weights = torch.tensor(worth)
 
-    def evaluate():
+    def values_shown():
         shown = tables.rows.weight.new_tensor(0.0)
         with torch.no_grad():
             vectors = tables(ids())
@@ -46,7 +57,7 @@ def cut(tables, worth=(1.0, 1.0, 1.0)):
     for phase in phases:
         phases.enter_(phase)
         if phase.is_search:
-            phases.search_(evaluate)
+            phases.search_(evaluate or values_shown)
         phases.leave_(phase)
     return tables
 
@@ -144,10 +155,40 @@ def test_what_matters_most_keeps_its_width():
 
 
 def test_frequency_tiers_have_widths_of_their_own():
-    zipf = {spec.name: (10**4 / (1 + torch.arange(spec.num_embeddings))).long() + 1 for spec in SPECS}
-    tables = cut(build("25%", counts=zipf, tiers=3))
-    assert len(tables.config.layout["user"].split()) >= 2
+    tables = build("12%", counts=ZIPF, tiers=3, projection="none")
+
+    def evaluate():
+        return float(tables.materialize("user")[6:44].detach().square().sum())  # only the second tier matters
+
+    cut(tables, evaluate=evaluate)
+    widths = tables.widths_of("user")
+    assert widths[6:44].tolist() == [8] * 38
+    assert max(widths[:6].max(), widths[44:].max()) < 8
     assert 0 < tables.memory().serve_bytes <= tables.config.limit_bytes
+
+
+@pytest.mark.parametrize("tiers", [1, 3])
+def test_each_tier_is_a_part_of_the_layout(tiers):
+    tables = cut(build(counts=ZIPF, tiers=tiers))
+    assert {name: len(text.split()) for name, text in tables.config.layout.items()} == {
+        "user": tiers,
+        "item": tiers,
+        "flag": tiers,
+    }
+
+
+def test_tables_that_tiers_cannot_divide_are_named(caplog):
+    counts = {"user": ZIPF["user"].flip(0), "item": ZIPF["item"]}
+    with caplog.at_level("INFO", logger="embcomp"):
+        build(counts=counts)
+        build(counts=ZIPF, tiers=3)
+        assert not caplog.records
+        build(counts=counts, tiers=3)
+    missing, unordered = caplog.records
+    assert missing.levelname == "INFO"
+    assert "no counts of tables flag" in missing.getMessage()
+    assert unordered.levelname == "WARNING"
+    assert "ids of tables user are not numbered by falling frequency" in unordered.getMessage()
 
 
 def test_one_training_has_a_front_of_all_sizes():
@@ -160,6 +201,17 @@ def test_one_training_has_a_front_of_all_sizes():
         assert 0.8 * tables._cutting.limit < tables.memory().serve_bytes <= tables._cutting.limit
     with pytest.raises(BudgetError, match="smallest form takes"):
         cut(build(unseen="oov_row")).cut_("1B")
+
+
+def test_a_cut_of_finalized_tables_is_refused_and_changes_nothing():
+    final = cut(build("30%")).finalize()
+    widths, config, vectors, limit = final.widths_of("user"), final.config, final(ids()), final._cutting.limit
+    for budget in ("5%", "60%"):
+        with pytest.raises(ConfigError, match=r"user, item, flag are finalized.* cut before finalize_"):
+            final.cut_(budget)
+    assert torch.equal(final.widths_of("user"), widths)
+    assert (final.config, final._cutting.limit) == (config, limit)
+    assert torch.equal(final(ids()), vectors)
 
 
 def test_a_front_needs_a_cut():
@@ -177,6 +229,39 @@ def test_the_form_is_saved_and_found_again(tmp_path):
     assert torch.equal(fresh.eval()(ids()), tables.eval()(ids()))
     (loaded,) = load_tables(save_pretrained(tables.finalize(), tmp_path))
     assert torch.equal(loaded(ids()), tables.finalize()(ids()))
+
+
+@pytest.mark.parametrize("options", [{}, {"counts": ZIPF, "tiers": 3, "unseen": "oov_row"}])
+def test_the_front_is_saved_with_the_training_form(tmp_path, options):
+    tables = cut(build("30%", **options))
+    (loaded,) = load_tables(save_pretrained(tables, tmp_path))
+    assert loaded.pareto() == tables.pareto()
+    for budget in ("8%", "50%"):
+        tables.cut_(budget)
+        loaded.cut_(budget)
+        assert loaded.config == tables.config
+        assert torch.equal(loaded.eval()(ids()), tables.eval()(ids()))
+    (served,) = load_tables(save_pretrained(loaded.finalize(), tmp_path))
+    with pytest.raises(ConfigError, match="load the training form"):
+        served.pareto()
+
+
+def test_a_front_of_other_tables_is_refused(tmp_path, monkeypatch):
+    tables = cut(build("30%"))
+    state = tables.front_state()
+    for wrong in (
+        {**state, "tiers": state["tiers"][1:]},
+        {**state, "ordered": [True]},
+        {**state, "front": [[[3, 8, 8], 1.0]]},
+        {**state, "front": [[[8, 8], 1.0]]},
+        {**state, "front": []},
+    ):
+        with pytest.raises(ValueError, match="not of tables user, item, flag"):
+            build("30%").load_front_(wrong)
+    for wrong in ({**state, "ordered": []}, {"tiers": state["tiers"]}):
+        monkeypatch.setattr(tables, "front_state", lambda wrong=wrong: wrong)
+        with pytest.raises(IncompatibleStateError, match="describes tables that can't be built"):
+            load_tables(save_pretrained(tables, tmp_path))
 
 
 def test_layout_bytes_are_those_of_the_values():
