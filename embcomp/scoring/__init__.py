@@ -6,7 +6,7 @@ once, such as items' vectors from their metadata. Nothing here holds the scores 
 catalogue: it is gone through in chunks, of items or of queries.
 """
 
-from embcomp.scoring.ranking import ranks, top_k
+from embcomp.scoring.ranking import rank_bounds, ranks, top_k
 from embcomp.scoring.sampled import Negatives, NegativeSampler, sampled_cross_entropy
 from embcomp.scoring.scorers import ItemScorer, MatrixScorer, TableScorer
 from embcomp.scoring.softmax import cross_entropy
@@ -18,6 +18,7 @@ __all__ = [
     "Negatives",
     "TableScorer",
     "cross_entropy",
+    "rank_bounds",
     "ranks",
     "sampled_cross_entropy",
     "top_k",

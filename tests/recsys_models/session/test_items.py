@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from embcomp import FrequencyCutConfig, FullConfig, NestedConfig, build_tables
 from embcomp.errors import ConfigError, InputError, UnseenIdError
-from embcomp.scoring import cross_entropy, softmax
+from embcomp.scoring import cross_entropy, rank_bounds, ranks, softmax
+from embcomp.testing.training import LargestTensor
 from embcomp.training import Phases
 from recsys_models.ranking import rank_cases
 from recsys_models.session import MetadataItems, session_specs
@@ -176,12 +177,12 @@ def test_attributes_with_one_value_and_catalogues_of_one_item(options, known, nu
     object.__setattr__(log.catalogue, "attributes", constant(num_items, known))
     model = tiny_model(log, "m2trec", **options)
     fit(model, log, TrainingConfig(epochs=1, batch_size=64, device="cpu", learning_rate=0.01, progress=False))
-    vectors, ranks = model.items(torch.arange(num_items)), rank_cases(model, log.test)
+    vectors, found = model.items(torch.arange(num_items)), rank_cases(model, log.test)
     assert vectors.isfinite().all()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     if model.items.__class__ is MetadataItems and model.items.residual is None:
         assert (vectors == vectors[0]).all()
-        assert (ranks == num_items - 1).all()  # what scores everything alike gets nothing for it
+        assert (found == num_items - 1).all()  # what scores everything alike gets nothing for it
     elif num_items > 1:
         assert (vectors != vectors[0]).any()
 
@@ -230,14 +231,30 @@ def test_neighbours_are_those_of_brute_force():
 def test_floors_are_ranked_like_models():
     log = tiny_log()
     popular = Popularity(log.catalogue.counts)
-    ranks = rank_cases(popular, log.test)
+    found = rank_cases(popular, log.test)
     counts = log.catalogue.counts
-    for rank, target in zip(ranks, log.test.targets, strict=True):
-        above, alike = (counts > counts[target]).sum(), (counts == counts[target]).sum() - 1
-        assert above <= rank <= above + alike
+    for rank, target in zip(found, log.test.targets, strict=True):
+        assert rank == (counts >= counts[target]).sum() - 1
     knn = ItemKNN(log.train, NUM_ITEMS)
-    assert (rank_cases(knn, log.test) < 3).mean() > 2 * (ranks < 3).mean()
+    assert (rank_cases(knn, log.test) < 3).mean() > 2 * (found < 3).mean()
     assert F.one_hot(torch.tensor([2]), 3).float().equal(popular.scorer().vectors(torch.tensor([2]))[:, :3])
+
+
+def test_counts_are_told_apart_however_large_they_are():
+    popular = Popularity(np.array([2**24, 2**24 - 1, 2**24 - 1, 5]))
+    queries = popular.queries(torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, dtype=torch.int64))
+    best, worst = rank_bounds(popular.scorer(), queries, torch.arange(4))
+    assert best.tolist() == [0, 1, 1, 3]
+    assert worst.tolist() == [0, 2, 2, 3]
+
+
+def test_ranks_by_floors_take_no_matrix_of_their_own():
+    popular = Popularity(np.arange(100_000))
+    queries = popular.queries(torch.zeros(64, 1, dtype=torch.int64), torch.ones(64, dtype=torch.int64))
+    with (largest := LargestTensor()):
+        found = ranks(popular.scorer(), queries, torch.arange(64), chunk=1000)
+    assert found.tolist() == [99_999 - item for item in range(64)]
+    assert largest.size <= 4 * 64 * 1000, largest.by
 
 
 def test_phases_that_switch_what_is_shown_do_so_in_the_backward_pass_too(monkeypatch):
