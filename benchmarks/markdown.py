@@ -70,7 +70,8 @@ def _section(section: Section) -> str:
     if len(section.points):
         title, beside = METRICS[section.metric].title, METRICS[section.beside].title
         files = [f"{kind} file" for kind in section.export_kinds]
-        head = [*_HEAD, *files, title, "to float32", beside, "seeds"]
+        at_random = [METRICS[name].title for name in section.random_ties]
+        head = [*_HEAD, *files, title, "to float32", beside, *at_random, "seeds"]
         lines += [*markdown_table(head, [_row(row, section) for _, row in section.points.iterrows()]), ""]
         lines += parts_table(["strategy", "budget"], section.points, section.metric)
     if len(infeasible := section.infeasible):
@@ -95,6 +96,7 @@ def _row(row: pd.Series, section: Section) -> list[str]:
         with_std(row, section.metric),
         "" if math.isnan(row.gap) else f"{row.gap:+.4f}",
         with_std(row, section.beside),
+        *(with_std(row, name) for name in section.random_ties),
         str(row.seeds),
     ]
 
@@ -106,7 +108,9 @@ def _file(told: Mapping[str, Any] | None) -> str:
 
 
 def with_std(row: pd.Series, metric: str) -> str:
-    """The mean of a metric over seeds, with its standard deviation where there are several."""
+    """The mean of a metric over seeds, with its standard deviation where there are several; empty if it is unknown."""
+    if math.isnan(row[metric]):
+        return ""
     std = row[f"{metric}_std"]
     return f"{row[metric]:.4f}" + ("" if math.isnan(std) else f" ± {std:.4f}")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.errors import ResultError
+from recsys_models.ranking import RANDOM_TIES
 
 SCHEMA_VERSION = 1
 SUCCESS, INFEASIBLE, FAILED = "success", "infeasible", "failed"
@@ -37,6 +38,7 @@ METRICS = {
     "validation_log_loss": Metric("validation log loss", False),
     "trained_validation_auc": Metric("validation AUC before finalizing", True),
     **{f"test_{name}": Metric(f"test {title}", True) for name, title in _RANKING.items()},
+    **{f"test_{name}{RANDOM_TIES}": Metric(f"test {title}, ties at random", True) for name, title in _RANKING.items()},
     **{f"validation_{name}": Metric(f"validation {title}", True) for name, title in _RANKING.items()},
     "trained_validation_ndcg@10": Metric("validation NDCG@10 before finalizing", True),
 }

@@ -10,7 +10,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from benchmarks.figures import quality_plot, styles_of
-from benchmarks.frames import Choice, cell_frame, choices, groups_of, point_frame
+from benchmarks.frames import Choice, cell_frame, choices, groups_of, point_frame, with_random_ties
 from benchmarks.kept import kept_picture, kept_widths
 from benchmarks.overrides import options_of
 from benchmarks.results import FAILED, INFEASIBLE, METRICS, CellResult, main_metrics
@@ -48,6 +48,12 @@ class Section:
     rows: str
     figure: Markup
     kept: dict[str, Markup]
+
+    @property
+    def random_ties(self) -> list[str]:
+        """Names of its metrics with ties at random, where they are others."""
+        shown = [self.metric, self.beside]
+        return [name for name in with_random_ties(shown, self.points) if name not in shown]
 
     @property
     def parts(self) -> dict[str, int]:

@@ -16,7 +16,7 @@ from embcomp.errors import ConfigError, did_you_mean
 from recsys_models.ctr import MODELS, build_model, get_model
 from recsys_models.data import ClickLog, SessionLog, load_dataset, load_sessions
 from recsys_models.metrics import evaluate
-from recsys_models.ranking import evaluate_cases, rank_cases, ranking_metrics, sliced_metrics, slices_of
+from recsys_models.ranking import bound_cases, evaluate_cases, ranking_metrics, sliced_metrics, slices_of
 from recsys_models.session import ENCODERS, SessionModel, build_session_model, session_specs, table_counts
 from recsys_models.training import TrainingResult
 
@@ -163,15 +163,19 @@ class Sessions(Workload):
         }
 
     def quality(self, model: nn.Module, trained: TrainingResult) -> Quality:
-        """NDCG, hit rate and MRR of the ranking of the whole catalogue, by frequency and by length too."""
+        """NDCG, hit rate and MRR of the ranking of the whole catalogue, by frequency and by length too.
+
+        Those of the test split are told twice: with ties against the model, and with ties at random.
+        """
         assert isinstance(model, SessionModel)
         data = self.data
-        ranks = rank_cases(model, data.test, data.filters_seen)
+        best, worst = bound_cases(model, data.test, data.filters_seen)
         validation = evaluate_cases(model, data.validation, data.filters_seen)
-        found = {f"test_{name}": value for name, value in ranking_metrics(ranks).items()}
+        found = {f"test_{name}": value for name, value in ranking_metrics(worst, best=best).items()}
         found |= {f"validation_{name}": value for name, value in validation.items()}
         found["trained_validation_ndcg@10"] = trained.best.metrics["ndcg@10"]
-        return Quality(metric_values(found), sliced_metrics(ranks, slices_of(data.catalogue, data.test)))
+        parts = slices_of(data.catalogue, data.test)
+        return Quality(metric_values(found), sliced_metrics(worst, parts, best=best))
 
     def lookup_ids(self) -> Tensor:
         """Items of the test cases and the first values of their attributes, those without any being looked up as 0."""

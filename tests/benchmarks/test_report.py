@@ -14,6 +14,7 @@ from benchmarks.errors import ResultError
 from benchmarks.frames import cell_frame, choices, pareto_front, point_frame, read_results
 from benchmarks.kept import kept_widths
 from benchmarks.report import main
+from benchmarks.results import metric_values
 from tests.benchmarks.small import made_result, write_results
 
 CHROMIUM = next(
@@ -236,6 +237,26 @@ def test_sizes_of_exported_files_stand_beside_the_bytes_served(tmp_path, results
     write_results(tmp_path / "plain", [r for r in results if r.label != "a"])
     main([str(tmp_path / "plain")])
     assert "pt2 file" not in (tmp_path / "plain" / "report.html").read_text()
+
+
+def test_ties_at_random_are_shown_where_they_are_another_value(tmp_path, results, capsys):
+    def ranked(result, model, shift):
+        values = {"test_ndcg@10": 0.2, "test_mrr@20": 0.1, "test_ndcg@10_random_ties": 0.2 + shift}
+        values["test_mrr@20_random_ties"] = 0.1 + shift / 1000  # not seen at four digits
+        metrics = metric_values(values) if result.status == "success" else {}
+        return dataclasses.replace(result, cell=f"{result.cell}-{model}", model=model, metrics=metrics)
+
+    write_results(tmp_path, [ranked(r, model, shift) for r in results for model, shift in (("a", 0.0), ("b", 0.03))])
+    main([str(tmp_path), "--markdown", "-"])
+    text = capsys.readouterr().out
+    models, one, other = text.split("## ")[1:]
+    assert "| test NDCG@10 | test NDCG@10, ties at random | test MRR@20 |" in models
+    assert "ties at random" not in one
+    assert "| test NDCG@10 | to float32 | test MRR@20 | test NDCG@10, ties at random | seeds |" in other
+    assert "| 0.1000 ± 0.0000 | 0.2300 ± 0.0000 | 3 |" in other
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<th class=\"n\">test NDCG@10, ties at random</th>") == 2
+    assert page.count("Items that score alike count against the model") == 1
 
 
 def test_groups_without_a_success_are_reported(tmp_path):

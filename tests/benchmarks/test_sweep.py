@@ -255,6 +255,9 @@ def test_sessions_are_swept_as_clicks_are(tmp_path, capsys):
         metrics = {name: metric["value"] for name, metric in result.metrics.items()}
         assert 0 < metrics["test_mrr@10"] <= metrics["test_ndcg@10"] <= metrics["test_hr@10"] <= metrics["test_hr@20"]
         assert metrics["validation_ndcg@10"] == pytest.approx(metrics["trained_validation_ndcg@10"], abs=0.02)
+        for cutoff in (10, 20):
+            assert metrics[f"test_hr@{cutoff}"] <= metrics[f"test_hr@{cutoff}_random_ties"] < 1
+        assert result.slices["unseen"]["ndcg@10"] <= result.slices["unseen"]["ndcg@10_random_ties"]
         cases = [part["cases"] for name, part in result.slices.items() if "seen" in name]
         assert sum(cases) == result.dataset["test_cases"]
         assert 30 < result.dataset["num_items"] <= 60
