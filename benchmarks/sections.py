@@ -100,7 +100,9 @@ def build_sections(results: Sequence[CellResult], metric: str | None = None) -> 
                 plot.to_html(full_html=False, include_plotlyjs=False, div_id=f"plot{number}", config=config)
             )
         chosen = choices(points, chosen_by) if len(points) else []
-        sizes = next((r.dataset for r in results if r.dataset.get("content_hash") == names["data_hash"]), {})
+        of_data = [r for r in results if r.dataset.get("content_hash") == names["data_hash"]]
+        sizes = of_data[0].dataset if of_data else {}
+        twins = _twins([r.dataset for r in of_data if r.experiment == names["experiment"]])
         title = f"{names['data']}, {names['model']}"
         kept = _kept(group, results)
         sections.append(
@@ -114,7 +116,7 @@ def build_sections(results: Sequence[CellResult], metric: str | None = None) -> 
                 points,
                 chosen,
                 _command(names),
-                _sizes(sizes),
+                _sizes(sizes) + twins,
                 figure,
                 kept,
             )
@@ -145,6 +147,15 @@ def _command(names: dict[str, str]) -> str:
     if names["experiment"] in options_of("experiment"):
         return f"embcomp-bench -m experiment={names['experiment']}"
     return ""
+
+
+def _twins(datasets: Sequence[dict[str, Any]]) -> str:
+    """How many test targets have twins in the attributes that models of an experiment use, where some use any."""
+    rates = sorted({rate for dataset in datasets if (rate := dataset.get("metadata_twin_rate")) is not None})
+    if not rates:
+        return ""
+    told = " to ".join(f"{rate:.1%}".replace("%", " %") for rate in (rates[0], *rates[1:][-1:]))
+    return f", {told} of test targets with the same used attributes as another item"
 
 
 def _sizes(dataset: dict[str, Any]) -> str:

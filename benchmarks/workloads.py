@@ -14,10 +14,17 @@ from benchmarks.results import metric_values
 from embcomp import EmbeddingTables, TableSpec
 from embcomp.errors import ConfigError, did_you_mean
 from recsys_models.ctr import MODELS, build_model, get_model
-from recsys_models.data import ClickLog, SessionLog, load_dataset, load_sessions
+from recsys_models.data import ClickLog, SessionLog, load_dataset, load_sessions, metadata_twin_rate
 from recsys_models.metrics import evaluate
 from recsys_models.ranking import bound_cases, evaluate_cases, ranking_metrics, sliced_metrics, slices_of
-from recsys_models.session import ENCODERS, SessionModel, build_session_model, session_specs, table_counts
+from recsys_models.session import (
+    ENCODERS,
+    SessionModel,
+    build_session_model,
+    session_specs,
+    table_counts,
+    used_attributes,
+)
 from recsys_models.training import TrainingResult
 
 
@@ -148,8 +155,9 @@ class Sessions(Workload):
         return build_session_model(self.model_name, tables, self.data.catalogue, **self.options)
 
     def about(self) -> dict[str, Any]:
-        """Name, hash and sizes of the data."""
+        """Name, hash and sizes of the data, and how many test targets have twins in the attributes that are used."""
         data = self.data
+        attributes = used_attributes(self.model_name, data.catalogue, **self.options)
         return {
             "name": data.name,
             "content_hash": data.content_hash,
@@ -159,6 +167,7 @@ class Sessions(Workload):
             "test_cases": len(data.test),
             "num_items": data.catalogue.num_items,
             "num_attributes": len(data.catalogue.attributes),
+            "metadata_twin_rate": metadata_twin_rate(data, attributes=attributes) if attributes else None,
             "num_ids": sum(spec.num_embeddings for spec in self.specs()),
         }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from embcomp.errors import InputError
 from embcomp.scoring import rank_bounds, ranks
-from recsys_models.data import Cases, Catalogue
+from recsys_models.data import Attribute, Cases, Catalogue, SessionLog
 from recsys_models.metrics import device_of
 from recsys_models.session.ranker import Ranker
 
@@ -128,6 +128,32 @@ def evaluate_cases(
 ) -> dict[str, float]:
     """`rank_cases`, then `ranking_metrics`."""
     return ranking_metrics(rank_cases(model, cases, filters_seen, batch_size), cutoffs)
+
+
+def metadata_bounds(
+    log: SessionLog, attributes: Sequence[Attribute] | None = None, cutoffs: Sequence[int] = CUTOFFS
+) -> dict[str, float]:
+    """Bound what models can reach on the test cases that know items by their attributes alone.
+
+    Items of equal attributes score alike, whatever the model, so the best that it can do is to have those of the right
+    item come first.
+
+    Args:
+        log: the data set.
+        attributes: those that are known; None for all of the catalogue.
+        cutoffs: see `ranking_metrics`.
+
+    Returns:
+        `ranking_metrics` of such a model, with ties at random too; items of the prefix are left out where
+        ``log.filters_seen``.
+    """
+    group, cases = log.catalogue.twin_groups(attributes), log.test
+    worst = np.bincount(group)[group[cases.targets]] - 1
+    if log.filters_seen:
+        for case in np.flatnonzero(worst):
+            prefix, target = cases[case]
+            worst[case] -= len(set(prefix[group[prefix] == group[target]].tolist()) - {target})
+    return ranking_metrics(worst, cutoffs, best=np.zeros_like(worst))
 
 
 def slices_of(catalogue: Catalogue, cases: Cases) -> dict[str, np.ndarray]:

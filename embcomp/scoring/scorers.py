@@ -17,7 +17,6 @@ from embcomp.storage import Ids
 from embcomp.stretches import Stretch
 from embcomp.tables import EmbeddingTables
 
-
 _ROUNDING = 8
 """Scores that differ by so many units of rounding, of ``‖query‖ ‖vector‖``, count as equal in ranks."""
 

@@ -15,6 +15,7 @@ from recsys_models.session.registry import (
     model_options,
     session_specs,
     table_counts,
+    used_attributes,
 )
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "model_options",
     "session_specs",
     "table_counts",
+    "used_attributes",
 ]

@@ -255,7 +255,7 @@ def test_ties_at_random_are_shown_where_they_are_another_value(tmp_path, results
     assert "| test NDCG@10 | to float32 | test MRR@20 | test NDCG@10, ties at random | seeds |" in other
     assert "| 0.1000 ± 0.0000 | 0.2300 ± 0.0000 | 3 |" in other
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<th class=\"n\">test NDCG@10, ties at random</th>") == 2
+    assert page.count('<th class="n">test NDCG@10, ties at random</th>') == 2
     assert page.count("Items that score alike count against the model") == 1
 
 

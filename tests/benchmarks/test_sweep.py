@@ -268,6 +268,9 @@ def test_sessions_are_swept_as_clicks_are(tmp_path, capsys):
     assert "## synthetic_sessions, m2trec" in text
     assert "test NDCG@10 | to float32 | test MRR@20" in text
     assert "items, 5 attributes" in text
+    (rate,) = {r.dataset["metadata_twin_rate"] for r in results if r.model == "m2trec"}
+    assert {r.dataset["metadata_twin_rate"] for r in results if r.model == "sasrec"} == {None}
+    assert text.count(f", {100 * rate:.1f} % of test targets with the same used attributes as another item.") == 3
     assert "## synthetic_sessions: models" in text
     assert "test NDCG@10 | test HR@10 | test MRR@20 | test HR@20 | steps to 95 % of MRR | seeds" in text
     assert text.count("by part of the test split") == 3

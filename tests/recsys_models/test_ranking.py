@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from embcomp.errors import InputError
 from embcomp.scoring import MatrixScorer
 from recsys_models.data import Cases
-from recsys_models.ranking import bound_cases, evaluate_cases, rank_cases, ranking_metrics, sliced_metrics, slices_of
+from recsys_models.ranking import (
+    bound_cases,
+    evaluate_cases,
+    metadata_bounds,
+    rank_cases,
+    ranking_metrics,
+    sliced_metrics,
+    slices_of,
+)
 from tests.recsys_models.session.tiny import NUM_ITEMS, tiny_log, tiny_model
 
 
@@ -95,6 +103,29 @@ def test_a_model_that_scores_all_alike_is_not_rewarded():
     found = ranking_metrics(worst, best=best)
     assert found["hr@10"] == 0
     assert found["hr@10_random_ties"] == pytest.approx(10 / NUM_ITEMS)
+
+
+@pytest.mark.parametrize("filters_seen", [False, True])
+@pytest.mark.parametrize("used", [0, 1, 2])
+def test_the_bounds_of_metadata_are_reached_by_a_model_that_knows_the_right_attributes(used, filters_seen):
+    log = tiny_log(sessions=60, filters_seen=filters_seen)
+    known = log.catalogue.attributes[:used]
+    group = log.catalogue.twin_groups(known)
+    targets = log.test.targets.tolist()
+
+    class Knowing(torch.nn.Module):
+        max_length = 5
+
+        def queries(self, items, lengths):
+            return torch.stack([torch.from_numpy(group == group[targets.pop(0)]).float() for _ in items])
+
+        def scorer(self):
+            return MatrixScorer(torch.eye(NUM_ITEMS))
+
+    best, worst = bound_cases(Knowing(), log.test, filters_seen)
+    assert metadata_bounds(log, known) == ranking_metrics(worst, best=best)
+    if used == 2:
+        assert metadata_bounds(log) == metadata_bounds(log, known)
 
 
 def test_no_cases():
