@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from benchmarks.frames import with_random_ties
+from benchmarks.frames import are_composed, with_random_ties
 from benchmarks.results import COMPARED
 from benchmarks.sections import Section
 from benchmarks.slices import parts_of
@@ -34,6 +34,11 @@ class Comparison:
     metric: str
     metrics: list[str]
     points: pd.DataFrame
+
+    @property
+    def are_composed(self) -> bool:
+        """Whether items of some models are composed, by bytes beside those of the tables."""
+        return are_composed(self.points)
 
     @property
     def parts(self) -> dict[str, int]:

@@ -25,7 +25,7 @@ _SHOWN = 1e-4
 
 _AVERAGED = (
     *METRICS,
-    *("sparsity", "steps_to_95", "model_bytes", "file_bytes", "samples_per_second", "wall_seconds"),
+    *("sparsity", "steps_to_95", "composing_bytes", "model_bytes", "file_bytes", "samples_per_second", "wall_seconds"),
     *("train_bytes", "peak_memory_bytes"),
     *(f"lookup_{size}_{p}" for size in (1, 4096) for p in ("p50", "p99")),
 )
@@ -109,6 +109,11 @@ def with_random_ties(metrics: Sequence[str], points: pd.DataFrame) -> list[str]:
         if at_random in points and (points[at_random] - points[metric]).abs().max() >= _SHOWN / 2:
             found.append(at_random)
     return found
+
+
+def are_composed(points: pd.DataFrame) -> bool:
+    """Whether some points have items that are composed, so that more than their tables is served."""
+    return len(points) > 0 and bool((points.composing_bytes > 0).any())
 
 
 def groups_of(cells: pd.DataFrame) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:

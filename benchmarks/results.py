@@ -65,6 +65,8 @@ class Sizes:
         planned_bytes: serve bytes of the plan.
         built_bytes: serve bytes that the tables report before training.
         served_bytes: sum over the state dict of the finalized tables.
+        composing_bytes: what makes items of the finalized tables beside them: the map from items to attributes, and the
+            network from those to vectors. None for models that have no items.
         file_bytes: of the saved weights, header included.
         float32_bytes: the same tables as plain float32 rows.
         train_bytes: parameters, dense gradients and optimizer state of the tables.
@@ -77,6 +79,7 @@ class Sizes:
     planned_bytes: int | None = None
     built_bytes: int | None = None
     served_bytes: int | None = None
+    composing_bytes: int | None = None
     file_bytes: int | None = None
     float32_bytes: int | None = None
     train_bytes: int | None = None

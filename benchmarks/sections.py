@@ -10,7 +10,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from benchmarks.figures import quality_plot, styles_of
-from benchmarks.frames import Choice, cell_frame, choices, groups_of, point_frame, with_random_ties
+from benchmarks.frames import Choice, are_composed, cell_frame, choices, groups_of, point_frame, with_random_ties
 from benchmarks.kept import kept_picture, kept_widths
 from benchmarks.overrides import options_of
 from benchmarks.results import FAILED, INFEASIBLE, METRICS, CellResult, main_metrics
@@ -48,6 +48,11 @@ class Section:
     rows: str
     figure: Markup
     kept: dict[str, Markup]
+
+    @property
+    def are_composed(self) -> bool:
+        """Whether items of some points are composed, by bytes beside those of the tables."""
+        return are_composed(self.points)
 
     @property
     def random_ties(self) -> list[str]:

@@ -76,6 +76,10 @@ class Workload(ABC):
     def quality(self, model: nn.Module, trained: TrainingResult) -> Quality:
         """Metrics of the finalized model, by the names of `benchmarks.results.METRICS`, and of parts of the test."""
 
+    def composing_bytes(self, model: nn.Module) -> int | None:
+        """Bytes beside the tables that items are composed by; None where there are no items."""
+        return None
+
     @abstractmethod
     def lookup_ids(self) -> Tensor:
         """Ids of the test split to time lookups with, int64 ``(N, T)``."""
@@ -185,6 +189,11 @@ class Sessions(Workload):
         found["trained_validation_ndcg@10"] = trained.best.metrics["ndcg@10"]
         parts = slices_of(data.catalogue, data.test)
         return Quality(metric_values(found), sliced_metrics(worst, parts, best=best))
+
+    def composing_bytes(self, model: nn.Module) -> int:
+        """Bytes of the model's items."""
+        assert isinstance(model, SessionModel)
+        return model.composing_bytes
 
     def lookup_ids(self) -> Tensor:
         """Items of the test cases and the first values of their attributes, those without any being looked up as 0."""

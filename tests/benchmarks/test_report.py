@@ -259,6 +259,27 @@ def test_ties_at_random_are_shown_where_they_are_another_value(tmp_path, results
     assert page.count("Items that score alike count against the model") == 1
 
 
+def test_what_composes_items_stands_beside_the_bytes_served(tmp_path, results, capsys):
+    def composed(result, model, composing):
+        sizes = dataclasses.replace(result.sizes, composing_bytes=composing)
+        return dataclasses.replace(result, cell=f"{result.cell}-{model}", model=model, sizes=sizes)
+
+    models = (("ids", 0), ("metadata", 2345), ("older", None))
+    write_results(tmp_path, [composed(r, *model) for r in results for model in models])
+    main([str(tmp_path), "--markdown", "-"])
+    text = capsys.readouterr().out
+    compared, ids, metadata, older = text.split("## ")[1:]
+    assert "| model | strategy | bytes served | to compose items | test AUC |" in compared
+    for model, told in (("ids", "0"), ("metadata", "2,345"), ("older", "")):
+        assert f"| {model} | full | 10,000 | {told} | 0.8000" in compared
+    assert "| a | 10% | 1,000 | 2,345 | 10.00% |" in metadata
+    assert "to compose items" not in ids + older
+    page = (tmp_path / "report.html").read_text()
+    assert page.count(">to compose items</th>") == 2
+    assert "2.3 KiB" in page
+    assert page.count("served beside them") == 1
+
+
 def test_groups_without_a_success_are_reported(tmp_path):
     write_results(tmp_path, [made_result("a", "10%", 1, None, None, "failed")])
     main([str(tmp_path)])

@@ -268,6 +268,7 @@ def test_sessions_are_swept_as_clicks_are(tmp_path, capsys):
     assert "## synthetic_sessions, m2trec" in text
     assert "test NDCG@10 | to float32 | test MRR@20" in text
     assert "items, 5 attributes" in text
+    assert all((r.sizes.composing_bytes > 0) == (r.model == "m2trec") for r in results)
     (rate,) = {r.dataset["metadata_twin_rate"] for r in results if r.model == "m2trec"}
     assert {r.dataset["metadata_twin_rate"] for r in results if r.model == "sasrec"} == {None}
     assert text.count(f", {100 * rate:.1f} % of test targets with the same used attributes as another item.") == 3
