@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from benchmarks.frames import are_composed, with_random_ties
 from benchmarks.results import COMPARED
 from benchmarks.sections import Section
 from benchmarks.slices import parts_of
@@ -22,7 +23,7 @@ class Comparison:
         experiment: its name.
         rows: sizes of the data set, for people.
         metric: that parts of the test split are compared by.
-        metrics: columns, those of the task.
+        metrics: columns, those of the task; with ties at random too where that is another value.
         points: one row per model and series, the best first.
     """
 
@@ -33,6 +34,11 @@ class Comparison:
     metric: str
     metrics: list[str]
     points: pd.DataFrame
+
+    @property
+    def are_composed(self) -> bool:
+        """Whether items of some models are composed, by bytes beside those of the tables."""
+        return are_composed(self.points)
 
     @property
     def parts(self) -> dict[str, int]:
@@ -58,7 +64,8 @@ def compare_models(sections: Iterable[Section]) -> list[Comparison]:
         if len(several) < 2:
             continue
         points = pd.concat(several, ignore_index=True).sort_values(metric, ascending=False, ignore_index=True)
-        metrics = [name for task in COMPARED for name in task if points[name].notna().any()]
+        compared = [name for task in COMPARED for name in task if points[name].notna().any()]
+        metrics = with_random_ties(compared, points)
         anchor = f"models{len(found)}"
         found.append(Comparison(f"{data}: models", anchor, experiment, group[0].rows, metric, metrics, points))
     return found

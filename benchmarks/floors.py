@@ -14,6 +14,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from benchmarks.errors import OverrideError
+from benchmarks.frames import with_random_ties
 from benchmarks.markdown import markdown_table, parts_table
 from benchmarks.measure import state_bytes
 from benchmarks.overrides import check_overrides
@@ -21,7 +22,7 @@ from benchmarks.results import COMPARED, METRICS
 from benchmarks.workloads import group_options, places_of
 from recsys_models.data import SessionLog, load_sessions
 from recsys_models.data.errors import DataError
-from recsys_models.ranking import rank_cases, ranking_metrics, sliced_metrics, slices_of
+from recsys_models.ranking import bound_cases, ranking_metrics, sliced_metrics, slices_of
 from recsys_models.session.floors import ItemKNN, Popularity
 
 _RANKING = COMPARED[1]
@@ -35,9 +36,9 @@ def floors(log: SessionLog) -> pd.DataFrame:
     }
     rows = []
     for name, model in models.items():
-        ranks = rank_cases(model, log.test, log.filters_seen)
-        metrics = {f"test_{metric}": value for metric, value in ranking_metrics(ranks).items()}
-        slices = sliced_metrics(ranks, slices_of(log.catalogue, log.test))
+        best, worst = bound_cases(model, log.test, log.filters_seen)
+        metrics = {f"test_{metric}": value for metric, value in ranking_metrics(worst, best=best).items()}
+        slices = sliced_metrics(worst, slices_of(log.catalogue, log.test), best=best)
         rows.append({"model": name, "bytes": state_bytes(model), **metrics, "slices": slices})
     return pd.DataFrame(rows)
 
@@ -60,8 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
     points = floors(log)
-    head = ["model", "bytes", *(METRICS[name].title for name in _RANKING)]
-    rows = [[row.model, f"{row.bytes:,}", *(f"{row[name]:.4f}" for name in _RANKING)] for _, row in points.iterrows()]
+    metrics = with_random_ties(_RANKING, points)
+    head = ["model", "bytes", *(METRICS[name].title for name in metrics)]
+    rows = [[row.model, f"{row.bytes:,}", *(f"{row[name]:.4f}" for name in metrics)] for _, row in points.iterrows()]
     print("\n".join([*markdown_table(head, rows), "", *parts_table(["model"], points, _RANKING[0])]))
 
 

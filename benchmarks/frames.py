@@ -15,13 +15,17 @@ from benchmarks.cells import PLACES
 from benchmarks.errors import ResultError
 from benchmarks.results import METRICS, SUCCESS, CellResult, read_result
 from benchmarks.slices import mean_slices
+from recsys_models.ranking import RANDOM_TIES
 
 GROUP = ["experiment", "data", "model", "data_hash"]
 """Cells of one group answer one question, and share a table and a plot."""
 
+_SHOWN = 1e-4
+"""The smallest difference of metrics that tables show."""
+
 _AVERAGED = (
     *METRICS,
-    *("sparsity", "steps_to_95", "model_bytes", "file_bytes", "samples_per_second", "wall_seconds"),
+    *("sparsity", "steps_to_95", "composing_bytes", "model_bytes", "file_bytes", "samples_per_second", "wall_seconds"),
     *("train_bytes", "peak_memory_bytes"),
     *(f"lookup_{size}_{p}" for size in (1, 4096) for p in ("p50", "p99")),
 )
@@ -94,6 +98,22 @@ def point_frame(cells: pd.DataFrame, metric: str = "test_auc") -> pd.DataFrame:
     points["on_front"] = pareto_front(points.bytes.to_numpy(), points[metric].to_numpy(), better)
     points["gap"] = points[metric] - _reference(points, metric)
     return points.sort_values(["bytes", metric], ascending=[False, not better], ignore_index=True)
+
+
+def with_random_ties(metrics: Sequence[str], points: pd.DataFrame) -> list[str]:
+    """The metrics, each followed by the one that breaks ties at random where some point shows another value of it."""
+    found = []
+    for metric in metrics:
+        found.append(metric)
+        at_random = f"{metric}{RANDOM_TIES}"
+        if at_random in points and (points[at_random] - points[metric]).abs().max() >= _SHOWN / 2:
+            found.append(at_random)
+    return found
+
+
+def are_composed(points: pd.DataFrame) -> bool:
+    """Whether some points have items that are composed, so that more than their tables is served."""
+    return len(points) > 0 and bool((points.composing_bytes > 0).any())
 
 
 def groups_of(cells: pd.DataFrame) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:

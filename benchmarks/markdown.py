@@ -14,7 +14,8 @@ from benchmarks.sections import Section
 from benchmarks.slices import part_value, parts_of
 from embcomp import format_bytes
 
-_HEAD = ("", "strategy", "budget", "bytes served", "of float32", "sparsity")
+_HEAD = ("", "strategy", "budget", "bytes served")
+_COMPOSING = "to compose items"
 
 
 def markdown_report(sections: Sequence[Section]) -> str:
@@ -25,10 +26,12 @@ def markdown_report(sections: Sequence[Section]) -> str:
 def _comparison(comparison: Comparison) -> str:
     points, metrics = comparison.points, comparison.metrics
     timed = points.steps_to_95.notna().any()
-    head = ["model", "strategy", "bytes served", *(METRICS[name].title for name in metrics)]
+    head = ["model", "strategy", "bytes served", *[_COMPOSING] * comparison.are_composed]
+    head += [METRICS[name].title for name in metrics]
     head += ["steps to 95 % of MRR"] * bool(timed) + ["seeds"]
     rows = [
-        [row.model, row.label, f"{row.bytes:,}", *(with_std(row, name) for name in metrics)]
+        [row.model, row.label, f"{row.bytes:,}", *[_number(row.composing_bytes)] * comparison.are_composed]
+        + [with_std(row, name) for name in metrics]
         + [f"{row.steps_to_95:,.0f}"] * bool(timed)
         + [str(row.seeds)]
         for _, row in points.iterrows()
@@ -62,6 +65,10 @@ def _value(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.4f}"
 
 
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:,.0f}"
+
+
 def _section(section: Section) -> str:
     names = section.names
     lines = [f"## {section.title}\n", f"{section.rows[0].upper()}{section.rows[1:]}."]
@@ -70,7 +77,9 @@ def _section(section: Section) -> str:
     if len(section.points):
         title, beside = METRICS[section.metric].title, METRICS[section.beside].title
         files = [f"{kind} file" for kind in section.export_kinds]
-        head = [*_HEAD, *files, title, "to float32", beside, "seeds"]
+        at_random = [METRICS[name].title for name in section.random_ties]
+        head = [*_HEAD, *[_COMPOSING] * section.are_composed, "of float32", "sparsity", *files]
+        head += [title, "to float32", beside, *at_random, "seeds"]
         lines += [*markdown_table(head, [_row(row, section) for _, row in section.points.iterrows()]), ""]
         lines += parts_table(["strategy", "budget"], section.points, section.metric)
     if len(infeasible := section.infeasible):
@@ -89,12 +98,14 @@ def _row(row: pd.Series, section: Section) -> list[str]:
         str(row.label),
         row.budget if isinstance(row.budget, str) else "none",
         f"{row.bytes:,}",
+        *[_number(row.composing_bytes)] * section.are_composed,
         f"{row.share:.2%}",
         "" if math.isnan(row.sparsity) else f"{row.sparsity:.1%}",
         *(_file(row.exports.get(kind)) for kind in section.export_kinds),
         with_std(row, section.metric),
         "" if math.isnan(row.gap) else f"{row.gap:+.4f}",
         with_std(row, section.beside),
+        *(with_std(row, name) for name in section.random_ties),
         str(row.seeds),
     ]
 
@@ -106,7 +117,9 @@ def _file(told: Mapping[str, Any] | None) -> str:
 
 
 def with_std(row: pd.Series, metric: str) -> str:
-    """The mean of a metric over seeds, with its standard deviation where there are several."""
+    """The mean of a metric over seeds, with its standard deviation where there are several; empty if it is unknown."""
+    if math.isnan(row[metric]):
+        return ""
     std = row[f"{metric}_std"]
     return f"{row[metric]:.4f}" + ("" if math.isnan(std) else f" ± {std:.4f}")
 

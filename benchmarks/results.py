@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.errors import ResultError
+from recsys_models.ranking import RANDOM_TIES
 
 SCHEMA_VERSION = 1
 SUCCESS, INFEASIBLE, FAILED = "success", "infeasible", "failed"
@@ -37,6 +38,7 @@ METRICS = {
     "validation_log_loss": Metric("validation log loss", False),
     "trained_validation_auc": Metric("validation AUC before finalizing", True),
     **{f"test_{name}": Metric(f"test {title}", True) for name, title in _RANKING.items()},
+    **{f"test_{name}{RANDOM_TIES}": Metric(f"test {title}, ties at random", True) for name, title in _RANKING.items()},
     **{f"validation_{name}": Metric(f"validation {title}", True) for name, title in _RANKING.items()},
     "trained_validation_ndcg@10": Metric("validation NDCG@10 before finalizing", True),
 }
@@ -63,6 +65,8 @@ class Sizes:
         planned_bytes: serve bytes of the plan.
         built_bytes: serve bytes that the tables report before training.
         served_bytes: sum over the state dict of the finalized tables.
+        composing_bytes: what makes items of the finalized tables beside them: the map from items to attributes, and the
+            network from those to vectors. None for models that have no items.
         file_bytes: of the saved weights, header included.
         float32_bytes: the same tables as plain float32 rows.
         train_bytes: parameters, dense gradients and optimizer state of the tables.
@@ -75,6 +79,7 @@ class Sizes:
     planned_bytes: int | None = None
     built_bytes: int | None = None
     served_bytes: int | None = None
+    composing_bytes: int | None = None
     file_bytes: int | None = None
     float32_bytes: int | None = None
     train_bytes: int | None = None

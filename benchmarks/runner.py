@@ -162,6 +162,7 @@ def _measure(cell: Cell, notes: _Notes) -> None:
     notes.metrics, notes.slices = quality.metrics, quality.slices
     notes.sizes |= {
         "served_bytes": state_bytes(tables),
+        "composing_bytes": workload.composing_bytes(model),
         "model_bytes": state_bytes(model),
         "file_bytes": saved_bytes(tables),
     }

@@ -10,7 +10,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from benchmarks.figures import quality_plot, styles_of
-from benchmarks.frames import Choice, cell_frame, choices, groups_of, point_frame
+from benchmarks.frames import Choice, are_composed, cell_frame, choices, groups_of, point_frame, with_random_ties
 from benchmarks.kept import kept_picture, kept_widths
 from benchmarks.overrides import options_of
 from benchmarks.results import FAILED, INFEASIBLE, METRICS, CellResult, main_metrics
@@ -48,6 +48,17 @@ class Section:
     rows: str
     figure: Markup
     kept: dict[str, Markup]
+
+    @property
+    def are_composed(self) -> bool:
+        """Whether items of some points are composed, by bytes beside those of the tables."""
+        return are_composed(self.points)
+
+    @property
+    def random_ties(self) -> list[str]:
+        """Names of its metrics with ties at random, where they are others."""
+        shown = [self.metric, self.beside]
+        return [name for name in with_random_ties(shown, self.points) if name not in shown]
 
     @property
     def parts(self) -> dict[str, int]:
@@ -94,7 +105,9 @@ def build_sections(results: Sequence[CellResult], metric: str | None = None) -> 
                 plot.to_html(full_html=False, include_plotlyjs=False, div_id=f"plot{number}", config=config)
             )
         chosen = choices(points, chosen_by) if len(points) else []
-        sizes = next((r.dataset for r in results if r.dataset.get("content_hash") == names["data_hash"]), {})
+        of_data = [r for r in results if r.dataset.get("content_hash") == names["data_hash"]]
+        sizes = of_data[0].dataset if of_data else {}
+        twins = _twins([r.dataset for r in of_data if r.experiment == names["experiment"]])
         title = f"{names['data']}, {names['model']}"
         kept = _kept(group, results)
         sections.append(
@@ -108,7 +121,7 @@ def build_sections(results: Sequence[CellResult], metric: str | None = None) -> 
                 points,
                 chosen,
                 _command(names),
-                _sizes(sizes),
+                _sizes(sizes) + twins,
                 figure,
                 kept,
             )
@@ -139,6 +152,15 @@ def _command(names: dict[str, str]) -> str:
     if names["experiment"] in options_of("experiment"):
         return f"embcomp-bench -m experiment={names['experiment']}"
     return ""
+
+
+def _twins(datasets: Sequence[dict[str, Any]]) -> str:
+    """How many test targets have twins in the attributes that models of an experiment use, where some use any."""
+    rates = sorted({rate for dataset in datasets if (rate := dataset.get("metadata_twin_rate")) is not None})
+    if not rates:
+        return ""
+    told = " to ".join(f"{rate:.1%}".replace("%", " %") for rate in (rates[0], *rates[1:][-1:]))
+    return f", {told} of test targets with the same used attributes as another item"
 
 
 def _sizes(dataset: dict[str, Any]) -> str:

@@ -14,10 +14,17 @@ from benchmarks.results import metric_values
 from embcomp import EmbeddingTables, TableSpec
 from embcomp.errors import ConfigError, did_you_mean
 from recsys_models.ctr import MODELS, build_model, get_model
-from recsys_models.data import ClickLog, SessionLog, load_dataset, load_sessions
+from recsys_models.data import ClickLog, SessionLog, load_dataset, load_sessions, metadata_twin_rate
 from recsys_models.metrics import evaluate
-from recsys_models.ranking import evaluate_cases, rank_cases, ranking_metrics, sliced_metrics, slices_of
-from recsys_models.session import ENCODERS, SessionModel, build_session_model, session_specs, table_counts
+from recsys_models.ranking import bound_cases, evaluate_cases, ranking_metrics, sliced_metrics, slices_of
+from recsys_models.session import (
+    ENCODERS,
+    SessionModel,
+    build_session_model,
+    session_specs,
+    table_counts,
+    used_attributes,
+)
 from recsys_models.training import TrainingResult
 
 
@@ -68,6 +75,10 @@ class Workload(ABC):
     @abstractmethod
     def quality(self, model: nn.Module, trained: TrainingResult) -> Quality:
         """Metrics of the finalized model, by the names of `benchmarks.results.METRICS`, and of parts of the test."""
+
+    def composing_bytes(self, model: nn.Module) -> int | None:
+        """Bytes beside the tables that items are composed by; None where there are no items."""
+        return None
 
     @abstractmethod
     def lookup_ids(self) -> Tensor:
@@ -148,8 +159,9 @@ class Sessions(Workload):
         return build_session_model(self.model_name, tables, self.data.catalogue, **self.options)
 
     def about(self) -> dict[str, Any]:
-        """Name, hash and sizes of the data."""
+        """Name, hash and sizes of the data, and how many test targets have twins in the attributes that are used."""
         data = self.data
+        attributes = used_attributes(self.model_name, data.catalogue, **self.options)
         return {
             "name": data.name,
             "content_hash": data.content_hash,
@@ -159,19 +171,29 @@ class Sessions(Workload):
             "test_cases": len(data.test),
             "num_items": data.catalogue.num_items,
             "num_attributes": len(data.catalogue.attributes),
+            "metadata_twin_rate": metadata_twin_rate(data, attributes=attributes) if attributes else None,
             "num_ids": sum(spec.num_embeddings for spec in self.specs()),
         }
 
     def quality(self, model: nn.Module, trained: TrainingResult) -> Quality:
-        """NDCG, hit rate and MRR of the ranking of the whole catalogue, by frequency and by length too."""
+        """NDCG, hit rate and MRR of the ranking of the whole catalogue, by frequency and by length too.
+
+        Those of the test split are told twice: with ties against the model, and with ties at random.
+        """
         assert isinstance(model, SessionModel)
         data = self.data
-        ranks = rank_cases(model, data.test, data.filters_seen)
+        best, worst = bound_cases(model, data.test, data.filters_seen)
         validation = evaluate_cases(model, data.validation, data.filters_seen)
-        found = {f"test_{name}": value for name, value in ranking_metrics(ranks).items()}
+        found = {f"test_{name}": value for name, value in ranking_metrics(worst, best=best).items()}
         found |= {f"validation_{name}": value for name, value in validation.items()}
         found["trained_validation_ndcg@10"] = trained.best.metrics["ndcg@10"]
-        return Quality(metric_values(found), sliced_metrics(ranks, slices_of(data.catalogue, data.test)))
+        parts = slices_of(data.catalogue, data.test)
+        return Quality(metric_values(found), sliced_metrics(worst, parts, best=best))
+
+    def composing_bytes(self, model: nn.Module) -> int:
+        """Bytes of the model's items."""
+        assert isinstance(model, SessionModel)
+        return model.composing_bytes
 
     def lookup_ids(self) -> Tensor:
         """Items of the test cases and the first values of their attributes, those without any being looked up as 0."""

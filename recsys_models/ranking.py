@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from embcomp.errors import InputError
-from embcomp.scoring import ranks
-from recsys_models.data import Cases, Catalogue
+from embcomp.scoring import rank_bounds, ranks
+from recsys_models.data import Attribute, Cases, Catalogue, SessionLog
 from recsys_models.metrics import device_of
 from recsys_models.session.ranker import Ranker
 
@@ -20,29 +20,48 @@ RARE = (5, 10)
 LENGTHS = (2, 5, 10, 20)
 """Lengths of sessions up to which cases are told apart."""
 EVAL_BATCH_SIZE = 512
+RANDOM_TIES = "_random_ties"
+"""Ends the names of metrics that break ties at random; the others count ties against the model."""
 
 
-def ranking_metrics(ranks: np.ndarray, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, float]:
+def ranking_metrics(
+    ranks: np.ndarray, cutoffs: Sequence[int] = CUTOFFS, best: np.ndarray | None = None
+) -> dict[str, float]:
     """Compute hit rate, NDCG and MRR of cases with one right item each.
 
     Args:
         ranks: int64 ``(C,)``, numbers of items that were scored higher than the right one; C at least 1.
         cutoffs: k: ranks from k on count as misses.
+        best: int64 ``(C,)``, the ranks where ties are won, if ``ranks`` are those where they are lost; None if nobody
+            asks.
 
     Returns:
-        ``"hr@k"``, ``"ndcg@k"`` and ``"mrr@k"`` for each k, means over cases.
+        ``"hr@k"``, ``"ndcg@k"`` and ``"mrr@k"`` for each k, means over cases. With ``best``, also
+        ``"hr@k_random_ties"`` and so on: what is expected, exactly, if every rank between the two is as likely.
 
     Raises:
-        InputError: if there are no cases, or a rank is negative.
+        InputError: if there are no cases, a rank is negative, or ``best`` is of other cases or above ``ranks``.
     """
-    if ranks.ndim != 1 or not len(ranks) or ranks.min() < 0:
-        raise InputError(f"ranks {ranks.shape} must be at least 0, (C,), C at least 1")
+    if best is not None:
+        at_random = {f"{name}{RANDOM_TIES}": value for name, value in _expected(best, ranks, cutoffs).items()}
+        return _expected(ranks, ranks, cutoffs) | at_random
+    return _expected(ranks, ranks, cutoffs)
+
+
+def _expected(best: np.ndarray, worst: np.ndarray, cutoffs: Sequence[int]) -> dict[str, float]:
+    """The mean over cases of the mean of each metric over all ranks from the best to the worst."""
+    if worst.ndim != 1 or not len(worst) or best.shape != worst.shape or best.min() < 0 or (best > worst).any():
+        raise InputError(
+            f"ranks {worst.shape} must be at least 0, (C,), C at least 1, and best ones {best.shape} nowhere above them"
+        )
     found = {}
     for cutoff in cutoffs:
-        hit = ranks < cutoff
-        found[f"hr@{cutoff}"] = float(hit.mean())
-        found[f"ndcg@{cutoff}"] = float((hit / np.log2(ranks + 2.0)).mean())
-        found[f"mrr@{cutoff}"] = float((hit / (ranks + 1.0)).mean())
+        places = np.arange(cutoff)
+        gains = {"hr": np.ones(cutoff), "ndcg": 1 / np.log2(places + 2.0), "mrr": 1 / (places + 1.0)}
+        first, behind = np.minimum(best, cutoff), np.minimum(worst + 1, cutoff)
+        for name, gain in gains.items():
+            before = np.append(0.0, gain.cumsum())  # the gain of all places before each
+            found[f"{name}@{cutoff}"] = float(((before[behind] - before[first]) / (worst - best + 1)).mean())
     return found
 
 
@@ -60,9 +79,28 @@ def rank_cases(
     Returns:
         int64 ``(C,)``, items scored at least as high as the right one.
     """
+    return _ranked(lambda *given: (ranks(*given),), model, cases, filters_seen, batch_size)[0]
+
+
+def bound_cases(
+    model: Ranker, cases: Cases, filters_seen: bool = False, batch_size: int = EVAL_BATCH_SIZE
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rank the right item of every case, at best and at worst, by how ties are broken; see `rank_cases`.
+
+    Returns:
+        int64 ``(C,)`` each: items scored higher than the right one, and at least as high.
+    """
+    best, worst = _ranked(rank_bounds, model, cases, filters_seen, batch_size)
+    return best, worst
+
+
+def _ranked(
+    rank: Callable[..., tuple[Tensor, ...]], model: Ranker, cases: Cases, filters_seen: bool, batch_size: int
+) -> list[np.ndarray]:
+    """What ``rank`` finds of scorer, queries, targets and excluded items of all cases."""
     longest = int(cases.ends.max(initial=1)) if filters_seen else model.max_length
     batches = cases.batches(batch_size, longest, device=device_of(model))
-    found: list[Tensor] = []
+    found: list[tuple[Tensor, ...]] = []
     was_training = model.training
     model.eval()
     try:
@@ -73,10 +111,12 @@ def rank_cases(
                 if filters_seen:
                     place = torch.arange(batch.items.shape[1], device=batch.items.device)
                     seen = batch.items.masked_fill(place >= batch.lengths[:, None], -1)
-                found.append(ranks(scorer, model.queries(batch.items, batch.lengths), batch.targets, seen))
+                found.append(rank(scorer, model.queries(batch.items, batch.lengths), batch.targets, seen))
     finally:
         model.train(was_training)
-    return torch.cat(found).cpu().numpy() if found else np.empty(0, np.int64)
+    if not found:
+        return [np.empty(0, np.int64)] * 2
+    return [torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True)]
 
 
 def evaluate_cases(
@@ -88,6 +128,32 @@ def evaluate_cases(
 ) -> dict[str, float]:
     """`rank_cases`, then `ranking_metrics`."""
     return ranking_metrics(rank_cases(model, cases, filters_seen, batch_size), cutoffs)
+
+
+def metadata_bounds(
+    log: SessionLog, attributes: Sequence[Attribute] | None = None, cutoffs: Sequence[int] = CUTOFFS
+) -> dict[str, float]:
+    """Bound what models can reach on the test cases that know items by their attributes alone.
+
+    Items of equal attributes score alike, whatever the model, so the best that it can do is to have those of the right
+    item come first.
+
+    Args:
+        log: the data set.
+        attributes: those that are known; None for all of the catalogue.
+        cutoffs: see `ranking_metrics`.
+
+    Returns:
+        `ranking_metrics` of such a model, with ties at random too; items of the prefix are left out where
+        ``log.filters_seen``.
+    """
+    group, cases = log.catalogue.twin_groups(attributes), log.test
+    worst = np.bincount(group)[group[cases.targets]] - 1
+    if log.filters_seen:
+        for case in np.flatnonzero(worst):
+            prefix, target = cases[case]
+            worst[case] -= len(set(prefix[group[prefix] == group[target]].tolist()) - {target})
+    return ranking_metrics(worst, cutoffs, best=np.zeros_like(worst))
 
 
 def slices_of(catalogue: Catalogue, cases: Cases) -> dict[str, np.ndarray]:
@@ -110,11 +176,17 @@ def slices_of(catalogue: Catalogue, cases: Cases) -> dict[str, np.ndarray]:
 
 
 def sliced_metrics(
-    ranks: np.ndarray, slices: Mapping[str, np.ndarray], cutoffs: Sequence[int] = CUTOFFS
+    ranks: np.ndarray,
+    slices: Mapping[str, np.ndarray],
+    cutoffs: Sequence[int] = CUTOFFS,
+    best: np.ndarray | None = None,
 ) -> dict[str, dict[str, float]]:
     """`ranking_metrics` of every slice that has cases, with their number as ``"cases"``."""
     return {
-        name: {"cases": float(chosen.sum()), **ranking_metrics(ranks[chosen], cutoffs)}
+        name: {
+            "cases": float(chosen.sum()),
+            **ranking_metrics(ranks[chosen], cutoffs, None if best is None else best[chosen]),
+        }
         for name, chosen in slices.items()
         if chosen.any()
     }

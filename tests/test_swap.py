@@ -410,6 +410,8 @@ def test_a_front_belongs_to_one_group():
     handle = embcomp.compress_(model, "nested", verbose=False)
     with pytest.raises(ConfigError, match="2 groups of tables: call pareto of each"):
         handle.pareto()
+    with pytest.raises(ConfigError, match="2 groups of tables: call cut_ of each"):
+        handle.cut_("10%")
 
 
 def test_bug_the_report_says_what_trains_in_phases():
@@ -418,9 +420,6 @@ def test_bug_the_report_says_what_trains_in_phases():
         assert ("trains in phases" in report) == (told is not None)
         if told is not None:
             assert f"  trains in phases, {told}: take the model through them by embcomp.training.Phases" in report
-
-    with pytest.raises(ConfigError, match="2 groups of tables: call cut_ of each"):
-        handle.cut_("10%")
 
 
 def test_groups_are_cut_each_by_itself_and_keep_their_fronts_in_files(tmp_path):

@@ -6,7 +6,7 @@ once, such as items' vectors from their metadata; `FirstItemsScorer` is a part o
 of all queries for all items of a large catalogue: it is gone through in chunks, of items or of queries.
 """
 
-from embcomp.scoring.ranking import ranks, top_k
+from embcomp.scoring.ranking import rank_bounds, ranks, top_k
 from embcomp.scoring.sampled import Negatives, NegativeSampler, sampled_cross_entropy
 from embcomp.scoring.scorers import FirstItemsScorer, ItemScorer, MatrixScorer, TableScorer
 from embcomp.scoring.softmax import cross_entropy
@@ -19,6 +19,7 @@ __all__ = [
     "Negatives",
     "TableScorer",
     "cross_entropy",
+    "rank_bounds",
     "ranks",
     "sampled_cross_entropy",
     "top_k",

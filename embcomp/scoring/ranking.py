@@ -20,8 +20,6 @@ QUERIES = 1024
 """Queries that are taken at once."""
 _BLOCK = 32
 _WHOLE_NUMBERS = 1 << 24
-_ROUNDING = 8
-"""Scores that differ by so many units of rounding, of ``‖query‖ ‖vector‖``, count as equal in ranks."""
 
 
 @torch.no_grad()
@@ -79,14 +77,40 @@ def ranks(
     Raises:
         InputError: if an argument has the wrong dtype, shape, device or value.
     """
+    return _counted(scorer, queries, targets, exclude, chunk, with_best=False)[0]
+
+
+@torch.no_grad()
+def rank_bounds(
+    scorer: ItemScorer, queries: Tensor, targets: Tensor, exclude: Tensor | None = None, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Count for each query the items that score higher than its target, and those that score at least as high.
+
+    The target may stand at any place between the two, as ties are broken; the second count is that of `ranks`, whose
+    arguments and errors these are. NaN counts against the target in both.
+
+    Returns:
+        int64 ``(B,)`` each, 0 to V - 1, the first nowhere above the second.
+    """
+    worst, best = _counted(scorer, queries, targets, exclude, chunk, with_best=True)
+    return best, worst
+
+
+def _counted(
+    scorer: ItemScorer, queries: Tensor, targets: Tensor, exclude: Tensor | None, chunk: int | None, with_best: bool
+) -> list[Tensor]:
+    """Ranks where ties are lost, and where they are won if those are asked for: int64 ``(B,)`` each."""
     queries = check_matrix(scorer, queries)
     targets = check_items(scorer, "targets", targets, (len(queries),))
     excluded = _check_excluded(scorer, queries, exclude)
     # The target is no rival of its own: it is left out like those that are excluded.
     left_out = targets[:, None] if excluded is None else torch.cat([targets[:, None], excluded], dim=1)
     with exact(queries.device):
-        found = [_ranks_of(scorer, some, targets[rows], left_out[rows], chunk) for rows, some in _portions(queries)]
-    return torch.cat(found)
+        found = [
+            _ranks_of(scorer, some, targets[rows], left_out[rows], chunk, with_best)
+            for rows, some in _portions(queries)
+        ]
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
 def _portions(queries: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -186,21 +210,24 @@ def _merge_(values: Tensor, ids: Tensor, row: Tensor, item: Tensor, found: Tenso
     values[rows], ids[rows] = best[:, :k], all_ids.gather(1, order[:, :k])
 
 
-def _ranks_of(scorer: ItemScorer, queries: Tensor, targets: Tensor, left_out: Tensor, chunk: int | None) -> Tensor:
+def _ranks_of(
+    scorer: ItemScorer, queries: Tensor, targets: Tensor, left_out: Tensor, chunk: int | None, with_best: bool
+) -> list[Tensor]:
     scores, places = scorer.scoring(queries, chunk), _Places(left_out)
-    least = scores(targets).diagonal() - _rounding(scorer, queries, targets)
-    found = torch.full_like(targets, scorer.num_items)
+    own, rounding = scores(targets).diagonal(), scorer.rounding(queries, targets)
+    least, most = (own - rounding).unsqueeze(1), (own + rounding).unsqueeze(1)
+    worst = torch.full_like(targets, scorer.num_items)
+    best = worst.clone()
     for ids in _ranges(scorer, queries, chunk):
-        below = scores(ids).lt_(least.unsqueeze(1))
-        places.fill_(below, ids, 1.0)
-        # Ones are added up exactly in float32 as long as they are no more than its whole numbers.
-        found -= below.sum(1, dtype=below.dtype if len(ids) <= _WHOLE_NUMBERS else torch.float64).long()
-    return found
+        found = scores(ids)
+        if with_best:
+            best -= _ones(torch.le(found, most, out=torch.empty_like(found)), places, ids)
+        worst -= _ones(found.lt_(least), places, ids)
+    return [worst, best] if with_best else [worst]
 
 
-def _rounding(scorer: ItemScorer, queries: Tensor, targets: Tensor) -> Tensor:
-    """What scores of the targets may be off by, ``(B,)``."""
-    size = queries.norm(dim=1) * scorer.vectors(targets).norm(dim=1)
-    if scorer.bias is not None:
-        size = size + scorer.bias[targets].abs()
-    return torch.where(size.isfinite(), size, 0.0) * (_ROUNDING * torch.finfo(queries.dtype).eps)
+def _ones(beaten: Tensor, places: _Places, ids: range) -> Tensor:
+    """Count the ones of each row ``(B, n)`` of a range of items, those that are left out among them: int64 ``(B,)``."""
+    places.fill_(beaten, ids, 1.0)
+    # Ones are added up exactly in float32 as long as they are no more than its whole numbers.
+    return beaten.sum(1, dtype=beaten.dtype if len(ids) <= _WHOLE_NUMBERS else torch.float64).long()

@@ -17,6 +17,9 @@ from embcomp.storage import Ids
 from embcomp.stretches import Stretch
 from embcomp.tables import EmbeddingTables
 
+_ROUNDING = 8
+"""Scores that differ by so many units of rounding, of ``‖query‖ ‖vector‖``, count as equal in ranks."""
+
 
 class ItemScorer(ABC):
     """A catalogue: the vector of every item, and scores ``⟨query, vector⟩ + bias``.
@@ -79,6 +82,13 @@ class ItemScorer(ABC):
         """Score some items for each query: ``(N, D)`` and int64 ``(N, n)`` to float ``(N, n)``."""
         scores = (self.vectors(ids) @ queries.unsqueeze(-1)).squeeze(-1)
         return scores if self.bias is None else scores + self.bias[ids]
+
+    def rounding(self, queries: Tensor, ids: Tensor) -> Tensor:
+        """What the score of an item for each query may be off by: ``(N, D)`` and int64 ``(N,)`` to float ``(N,)``."""
+        size = queries.norm(dim=1) * self.vectors(ids).norm(dim=1)
+        if self.bias is not None:
+            size = size + self.bias[ids].abs()
+        return torch.where(size.isfinite(), size, 0.0) * (_ROUNDING * torch.finfo(queries.dtype).eps)
 
     def _check_bias(self) -> None:
         if self.bias is None:

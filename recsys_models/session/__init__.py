@@ -16,6 +16,7 @@ from recsys_models.session.registry import (
     model_options,
     session_specs,
     table_counts,
+    used_attributes,
 )
 
 __all__ = [
@@ -44,4 +45,5 @@ __all__ = [
     "model_options",
     "session_specs",
     "table_counts",
+    "used_attributes",
 ]

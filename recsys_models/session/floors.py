@@ -131,6 +131,10 @@ class Scored(ItemScorer):
         """Scores of some items for each query: float32 ``(N, n)``."""
         return queries.gather(1, ids)
 
+    def rounding(self, queries: Tensor, ids: Tensor) -> Tensor:
+        """Zeros ``(N,)``: nothing is worked out, so scores tie where they are equal."""
+        return queries.new_zeros(len(ids))
+
     def _rows(self, ids: Ids) -> Tensor:
         return self.vectors(torch.arange(ids.start, ids.stop, device=self.device) if isinstance(ids, range) else ids)
 

@@ -49,6 +49,11 @@ class Items(nn.Module, ABC):
     def table_parameters(self) -> Iterable[nn.Parameter]:
         """Parameters of the tables, which belong to the model and not to this module."""
 
+    @property
+    def composing_bytes(self) -> int:
+        """Bytes that serving needs beside the tables to make vectors of items; none where they are looked up."""
+        return sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
+
 
 class ItemTable(Items):
     """A table with a row per item, or its compressed form.
@@ -102,10 +107,10 @@ class MetadataItems(Items):
     """
 
     _values: Tensor
-    _tables_of: Tensor
-    _weights: Tensor
-    _is_bag: Tensor
     _offsets: Tensor
+    _weights: Tensor | None
+    _owners: Tensor
+    _is_bag: Tensor
 
     def __init__(
         self,
@@ -120,14 +125,18 @@ class MetadataItems(Items):
         self._tables = (tables,)
         self.num_attributes = len(attributes)
         self.residual = ItemTable(tables) if residual else None
-        owners = [tables.index_of(attribute.name) for attribute in attributes]
         self.projection = nn.Linear(self.num_attributes * self.dim, self.dim)
         self.norm = nn.LayerNorm(self.dim)
         self.out = nn.Linear(self.dim, self.dim)
         nn.init.eye_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        for name, tensor in _cells(attributes, owners, bag_pooling).items():
-            self.register_buffer(name, tensor, persistent=False)
+        values, offsets, weights = _cells(attributes, bag_pooling)
+        self.register_buffer("_values", values, persistent=False)
+        self.register_buffer("_offsets", offsets, persistent=False)
+        self.register_buffer("_weights", weights, persistent=False)
+        owners = [tables.index_of(attribute.name) for attribute in attributes]
+        self.register_buffer("_owners", torch.tensor(owners), persistent=False)
+        self.register_buffer("_is_bag", torch.tensor([a.is_bag for a in attributes]), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Compose the vectors of the distinct items, and hand them out.
@@ -205,16 +214,20 @@ class MetadataItems(Items):
     def _pooled(self, ids: Tensor, dropout: float = 0.0) -> Tensor:
         """The attributes of items int64 ``(n,)`` in ``[0, V]``: float32 ``(n, A, D)``."""
         cells = (ids[:, None] * self.num_attributes + torch.arange(self.num_attributes, device=ids.device)).flatten()
-        start = self._offsets[cells]
+        start = self._offsets[cells].long()
         length = self._offsets[cells + 1] - start
         bounds = torch.cat([length.new_zeros(1), length.cumsum(0)])
-        shift = torch.repeat_interleave(start - bounds[:-1], length)
-        flat = shift + torch.arange(len(shift), device=ids.device)
-        weights = self._weights[flat]
+        cell = torch.repeat_interleave(length)
+        flat = (start - bounds[:-1])[cell] + torch.arange(len(cell), device=ids.device)
+        weights = (1 / length)[cell] if self._weights is None else self._weights[flat]
         if dropout:
-            weights = torch.where(self._is_bag[flat], F.dropout(weights, dropout), weights)
+            weights = torch.where(self._is_bag.repeat(len(ids))[cell], F.dropout(weights, dropout), weights)
         pooled = self._tables[0].bag(
-            self._values[flat], bounds, self._tables_of[flat], per_sample_weights=weights, include_last_offset=True
+            self._values[flat].long(),
+            bounds,
+            self._owners.repeat(len(ids))[cell],
+            per_sample_weights=weights,
+            include_last_offset=True,
         )
         return pooled.view(len(ids), self.num_attributes, self.dim)
 
@@ -262,26 +275,35 @@ class ComposedScorer(ItemScorer):
             return self.items._compose(numbers)
 
 
-def _cells(attributes: Sequence[Attribute], owners: Sequence[int], bag_pooling: str) -> dict[str, Tensor]:
-    """The values of all attributes, item by item: values, their tables and weights, and where each cell begins.
+def _cells(attributes: Sequence[Attribute], bag_pooling: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The values of all attributes, item by item, in the smallest integers that hold them.
 
-    One more item, behind the last, has no value of any.
+    Returns:
+        values ``(n,)`` and where each cell of an item and an attribute begins, ``(A (V + 1) + 1,)``, int16 or int32,
+        or int64 for offsets of very many; float32 weights ``(n,)``, None where all values of a cell weigh the same.
+        One more item, behind the last, has no value of any attribute.
     """
     number = len(attributes)
     lengths = torch.stack([torch.tensor(a.lengths) for a in attributes], dim=1)
     ends = lengths.flatten().cumsum(0)
     offsets, total = torch.cat([ends.new_zeros(1), ends, ends[-1].repeat(number)]), int(ends[-1])
-    values, tables = torch.empty(total, dtype=torch.int64), torch.empty(total, dtype=torch.int64)
-    weights, is_bag = torch.empty(total), torch.empty(total, dtype=torch.bool)
-    for column, (attribute, owner) in enumerate(zip(attributes, owners, strict=True)):
+    values = torch.empty(total, dtype=_smallest(max(a.num_values for a in attributes)))
+    weights = torch.empty(total) if bag_pooling == "idf" else None
+    for column, attribute in enumerate(attributes):
         own = torch.tensor(attribute.values, dtype=torch.int64)
         item = torch.repeat_interleave(lengths[:, column])
         within = torch.arange(len(own)) - torch.tensor(attribute.offsets)[item]
         place = offsets[item * number + column] + within
-        worth = torch.ones(len(own))
-        if bag_pooling == "idf" and attribute.is_bag:
-            worth = (len(lengths) / torch.bincount(own)).log().clamp_min(1e-6)[own]
-        share = torch.zeros(len(lengths)).index_add_(0, item, worth)
-        values[place], tables[place], is_bag[place] = own, owner, attribute.is_bag
-        weights[place] = worth / share[item]
-    return {"_values": values, "_tables_of": tables, "_weights": weights, "_is_bag": is_bag, "_offsets": offsets}
+        values[place] = own.to(values.dtype)
+        if weights is not None:
+            worth = torch.ones(len(own))
+            if attribute.is_bag:
+                worth = (len(lengths) / torch.bincount(own)).log().clamp_min(1e-6)[own]
+            share = torch.zeros(len(lengths)).index_add_(0, item, worth)
+            weights[place] = worth / share[item]
+    return values, offsets.to(_smallest(total + 1)), weights
+
+
+def _smallest(count: int) -> torch.dtype:
+    """The smallest of these dtypes for numbers below ``count``."""
+    return next(dtype for dtype in (torch.int16, torch.int32, torch.int64) if count - 1 <= torch.iinfo(dtype).max)

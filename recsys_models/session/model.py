@@ -100,6 +100,11 @@ class SessionModel(Ranker):
         """What scores queries; without gradients, a catalogue of metadata is composed once, as weights are now."""
         return (self.head or self.items).scorer()
 
+    @property
+    def composing_bytes(self) -> int:
+        """Those of its items; see `Items.composing_bytes`."""
+        return self.items.composing_bytes
+
     # ---- training ---------------------------------------------------------------------------------------------------
 
     def prepare(self, batch: SessionBatch) -> Examples:

@@ -24,6 +24,11 @@ class Ranker(nn.Module, ABC):
     def queries(self, items: Tensor, lengths: Tensor) -> Tensor:
         """Encode sessions, int64 ``(B, L)``, of int64 ``(B,)`` lengths, to float32 ``(B, D)``."""
 
+    @property
+    def composing_bytes(self) -> int:
+        """Bytes that serving needs beside tables to make vectors of items; none where they are looked up."""
+        return 0
+
     @abstractmethod
     def scorer(self) -> ItemScorer:
         """What scores queries."""

@@ -147,6 +147,11 @@ def session_specs(
     ]
 
 
+def used_attributes(name: str, catalogue: Catalogue, **options: Any) -> tuple[Attribute, ...]:
+    """The attributes that a session model composes items of, by the arguments of `session_specs`; none for ids."""
+    return _split(name, options)[0].used(catalogue)
+
+
 def table_counts(specs: Sequence[TableSpec], catalogue: Catalogue) -> dict[str, torch.Tensor]:
     """How often the ids of each table occur in training, int64 ``(V,)`` each: what plans and strategies ask for."""
     counts = {attribute.name: attribute.counts for attribute in catalogue.attributes}

@@ -14,6 +14,7 @@ from benchmarks.errors import ResultError
 from benchmarks.frames import cell_frame, choices, pareto_front, point_frame, read_results
 from benchmarks.kept import kept_widths
 from benchmarks.report import main
+from benchmarks.results import metric_values
 from tests.benchmarks.small import made_result, write_results
 
 CHROMIUM = next(
@@ -236,6 +237,47 @@ def test_sizes_of_exported_files_stand_beside_the_bytes_served(tmp_path, results
     write_results(tmp_path / "plain", [r for r in results if r.label != "a"])
     main([str(tmp_path / "plain")])
     assert "pt2 file" not in (tmp_path / "plain" / "report.html").read_text()
+
+
+def test_ties_at_random_are_shown_where_they_are_another_value(tmp_path, results, capsys):
+    def ranked(result, model, shift):
+        values = {"test_ndcg@10": 0.2, "test_mrr@20": 0.1, "test_ndcg@10_random_ties": 0.2 + shift}
+        values["test_mrr@20_random_ties"] = 0.1 + shift / 1000  # not seen at four digits
+        metrics = metric_values(values) if result.status == "success" else {}
+        return dataclasses.replace(result, cell=f"{result.cell}-{model}", model=model, metrics=metrics)
+
+    write_results(tmp_path, [ranked(r, model, shift) for r in results for model, shift in (("a", 0.0), ("b", 0.03))])
+    main([str(tmp_path), "--markdown", "-"])
+    text = capsys.readouterr().out
+    models, one, other = text.split("## ")[1:]
+    assert "| test NDCG@10 | test NDCG@10, ties at random | test MRR@20 |" in models
+    assert "ties at random" not in one
+    assert "| test NDCG@10 | to float32 | test MRR@20 | test NDCG@10, ties at random | seeds |" in other
+    assert "| 0.1000 ± 0.0000 | 0.2300 ± 0.0000 | 3 |" in other
+    page = (tmp_path / "report.html").read_text()
+    assert page.count('<th class="n">test NDCG@10, ties at random</th>') == 2
+    assert page.count("Items that score alike count against the model") == 1
+
+
+def test_what_composes_items_stands_beside_the_bytes_served(tmp_path, results, capsys):
+    def composed(result, model, composing):
+        sizes = dataclasses.replace(result.sizes, composing_bytes=composing)
+        return dataclasses.replace(result, cell=f"{result.cell}-{model}", model=model, sizes=sizes)
+
+    models = (("ids", 0), ("metadata", 2345), ("older", None))
+    write_results(tmp_path, [composed(r, *model) for r in results for model in models])
+    main([str(tmp_path), "--markdown", "-"])
+    text = capsys.readouterr().out
+    compared, ids, metadata, older = text.split("## ")[1:]
+    assert "| model | strategy | bytes served | to compose items | test AUC |" in compared
+    for model, told in (("ids", "0"), ("metadata", "2,345"), ("older", "")):
+        assert f"| {model} | full | 10,000 | {told} | 0.8000" in compared
+    assert "| a | 10% | 1,000 | 2,345 | 10.00% |" in metadata
+    assert "to compose items" not in ids + older
+    page = (tmp_path / "report.html").read_text()
+    assert page.count(">to compose items</th>") == 2
+    assert "2.3 KiB" in page
+    assert page.count("served beside them") == 1
 
 
 def test_groups_without_a_success_are_reported(tmp_path):

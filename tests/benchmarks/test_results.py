@@ -21,6 +21,15 @@ def test_a_result_comes_back_as_it_was_written(tmp_path):
     assert read_result(tmp_path / "new" / "cell.json") == result
 
 
+def test_results_from_before_composing_bytes_were_counted_can_be_read(tmp_path):
+    path = tmp_path / "cell.json"
+    write_result(path, made_result("hash", "10%", 1, 0.75, 999))
+    values = json.loads(path.read_text())
+    del values["sizes"]["composing_bytes"]
+    path.write_text(json.dumps(values))
+    assert read_result(path).sizes.composing_bytes is None
+
+
 def test_undefined_metrics_are_null_and_other_numbers_that_json_lacks_are_refused(tmp_path):
     assert metric_values({"test_auc": math.nan})["test_auc"] == {"value": None, "higher_is_better": True}
     result = made_result("hash", "10%", 1, 0.75, 999)

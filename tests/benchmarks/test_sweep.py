@@ -255,6 +255,9 @@ def test_sessions_are_swept_as_clicks_are(tmp_path, capsys):
         metrics = {name: metric["value"] for name, metric in result.metrics.items()}
         assert 0 < metrics["test_mrr@10"] <= metrics["test_ndcg@10"] <= metrics["test_hr@10"] <= metrics["test_hr@20"]
         assert metrics["validation_ndcg@10"] == pytest.approx(metrics["trained_validation_ndcg@10"], abs=0.02)
+        for cutoff in (10, 20):
+            assert metrics[f"test_hr@{cutoff}"] <= metrics[f"test_hr@{cutoff}_random_ties"] < 1
+        assert result.slices["unseen"]["ndcg@10"] <= result.slices["unseen"]["ndcg@10_random_ties"]
         cases = [part["cases"] for name, part in result.slices.items() if "seen" in name]
         assert sum(cases) == result.dataset["test_cases"]
         assert 30 < result.dataset["num_items"] <= 60
@@ -265,6 +268,10 @@ def test_sessions_are_swept_as_clicks_are(tmp_path, capsys):
     assert "## synthetic_sessions, m2trec" in text
     assert "test NDCG@10 | to float32 | test MRR@20" in text
     assert "items, 5 attributes" in text
+    assert all((r.sizes.composing_bytes > 0) == (r.model == "m2trec") for r in results)
+    (rate,) = {r.dataset["metadata_twin_rate"] for r in results if r.model == "m2trec"}
+    assert {r.dataset["metadata_twin_rate"] for r in results if r.model == "sasrec"} == {None}
+    assert text.count(f", {100 * rate:.1f} % of test targets with the same used attributes as another item.") == 3
     assert "## synthetic_sessions: models" in text
     assert "test NDCG@10 | test HR@10 | test MRR@20 | test HR@20 | steps to 95 % of MRR | seeds" in text
     assert text.count("by part of the test split") == 3

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from embcomp.errors import InputError
 from embcomp.scoring import MatrixScorer
-from recsys_models.ranking import evaluate_cases, rank_cases, ranking_metrics, sliced_metrics, slices_of
+from recsys_models.data import Cases
+from recsys_models.ranking import (
+    bound_cases,
+    evaluate_cases,
+    metadata_bounds,
+    rank_cases,
+    ranking_metrics,
+    sliced_metrics,
+    slices_of,
+)
 from tests.recsys_models.session.tiny import NUM_ITEMS, tiny_log, tiny_model
 
 
@@ -25,10 +34,29 @@ def test_metrics_are_those_of_a_loop(ranks):
         assert found[f"mrr@{cutoff}"] == pytest.approx(sum(1 / (r + 1) for r in ranks if r < cutoff) / len(ranks))
 
 
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=20))
+def test_ties_at_random_are_the_mean_over_all_ranks_that_they_leave_open(bounds):
+    best, worst = (np.array([pick(pair) for pair in bounds]) for pick in (min, max))
+    found = ranking_metrics(worst, best=best)
+    assert {name: value for name, value in found.items() if "ties" not in name} == ranking_metrics(worst)
+    for name in ranking_metrics(worst):
+        means = [
+            np.mean([ranking_metrics(np.array([rank]))[name] for rank in range(low, high + 1)])
+            for low, high in zip(best, worst, strict=True)
+        ]
+        assert found[f"{name}_random_ties"] == pytest.approx(np.mean(means))
+
+
 @pytest.mark.parametrize("ranks", [np.empty(0, np.int64), np.array([[1]]), np.array([-1])])
 def test_wrong_ranks(ranks):
     with pytest.raises(InputError, match="at least"):
         ranking_metrics(ranks)
+
+
+@pytest.mark.parametrize("best", [np.array([4, 4]), np.array([-1, 0]), np.array([3])])
+def test_wrong_best_ranks(best):
+    with pytest.raises(InputError, match="nowhere above"):
+        ranking_metrics(np.array([3, 5]), best=best)
 
 
 @pytest.mark.parametrize("filters_seen", [False, True])
@@ -68,7 +96,43 @@ def test_a_model_that_scores_all_alike_is_not_rewarded():
             return MatrixScorer(torch.ones(NUM_ITEMS, 1))
 
     ranks = rank_cases(Alike(), tiny_log().test)
-    assert ranks.min() >= (NUM_ITEMS - 1) // 2
+    assert (ranks == NUM_ITEMS - 1).all()
+    best, worst = bound_cases(Alike(), tiny_log().test)
+    assert not best.any()
+    assert np.array_equal(worst, ranks)
+    found = ranking_metrics(worst, best=best)
+    assert found["hr@10"] == 0
+    assert found["hr@10_random_ties"] == pytest.approx(10 / NUM_ITEMS)
+
+
+@pytest.mark.parametrize("filters_seen", [False, True])
+@pytest.mark.parametrize("used", [0, 1, 2])
+def test_the_bounds_of_metadata_are_reached_by_a_model_that_knows_the_right_attributes(used, filters_seen):
+    log = tiny_log(sessions=60, filters_seen=filters_seen)
+    known = log.catalogue.attributes[:used]
+    group = log.catalogue.twin_groups(known)
+    targets = log.test.targets.tolist()
+
+    class Knowing(torch.nn.Module):
+        max_length = 5
+
+        def queries(self, items, lengths):
+            return torch.stack([torch.from_numpy(group == group[targets.pop(0)]).float() for _ in items])
+
+        def scorer(self):
+            return MatrixScorer(torch.eye(NUM_ITEMS))
+
+    best, worst = bound_cases(Knowing(), log.test, filters_seen)
+    assert metadata_bounds(log, known) == ranking_metrics(worst, best=best)
+    if used == 2:
+        assert metadata_bounds(log) == metadata_bounds(log, known)
+
+
+def test_no_cases():
+    log = tiny_log()
+    none = Cases(log.test.sequences, log.test.rows[:0], log.test.ends[:0])
+    assert rank_cases(tiny_model(log), none).shape == (0,)
+    assert [found.shape for found in bound_cases(tiny_model(log), none)] == [(0,), (0,)]
 
 
 def test_slices_cover_all_cases_and_their_metrics_average_to_the_whole():
@@ -84,5 +148,11 @@ def test_slices_cover_all_cases_and_their_metrics_average_to_the_whole():
         mean = sum(found[n]["cases"] * found[n]["ndcg@10"] for n in names if n in found) / len(log.test)
         assert mean == pytest.approx(whole["ndcg@10"])
     assert evaluate_cases(tiny_model(log), log.test) == whole
+    best, worst = bound_cases(tiny_model(log, "m2trec"), log.test)
+    at_random = sliced_metrics(worst, slices, best=best)
+    assert at_random["unseen"] == {
+        "cases": found["unseen"]["cases"],
+        **ranking_metrics(worst[slices["unseen"]], best=best[slices["unseen"]]),
+    }
     assert slices["unseen"].tolist() == (log.catalogue.counts[log.test.targets] == 0).tolist()
     assert slices["length ≤ 2"].tolist() == (log.test.ends <= 2).tolist()

@@ -1,5 +1,7 @@
 """Best items and ranks, against brute force over all scores."""
 
+import operator
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embcomp import InputError, TableSpec, build_tables
-from embcomp.scoring import MatrixScorer, TableScorer, ranking, ranks, top_k
+from embcomp.scoring import MatrixScorer, TableScorer, rank_bounds, ranking, ranks, top_k
 from embcomp.testing.training import LargestTensor
 from tests.scoring.catalogues import OPTIONS, matrix_scorer, scorer_of
 
@@ -23,11 +25,11 @@ def slow_top_k(scores, k, exclude):
     return torch.tensor(values), torch.tensor(ids)
 
 
-def slow_ranks(scores, targets, exclude):
+def slow_ranks(scores, targets, exclude, beats=operator.ge):
     found = []
     for row, target, left_out in zip(scores.tolist(), targets.tolist(), exclude.tolist(), strict=True):
         rivals = [i for i in range(len(row)) if i != target and i not in left_out]
-        found.append(sum(row[i] >= row[target] for i in rivals))
+        found.append(sum(beats(row[i], row[target]) for i in rivals))
     return torch.tensor(found)
 
 
@@ -57,6 +59,9 @@ def test_against_brute_force(case, data):
     assert torch.equal(values, wanted_values)
     targets = torch.tensor([data.draw(st.integers(0, scorer.num_items - 1)) for _ in queries])
     assert torch.equal(ranks(scorer, queries, targets, exclude, chunk), slow_ranks(scores, targets, exclude))
+    best, worst = rank_bounds(scorer, queries, targets, exclude, chunk)
+    assert torch.equal(best, slow_ranks(scores, targets, exclude, operator.gt))
+    assert torch.equal(worst, slow_ranks(scores, targets, exclude))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -91,8 +96,11 @@ class TestTies:
             scorer = MatrixScorer(torch.randn(1, dim).expand(num_items, dim).contiguous())
             targets = torch.cat([torch.tensor([0, num_items - 1]), torch.randint(num_items, (num_queries,))])
             for own in targets[:, None] if num_queries == 1 else [targets[:num_queries]]:
-                found = ranks(scorer, torch.randn(len(own), dim), own)
-                assert (found == num_items - 1).all()
+                queries = torch.randn(len(own), dim)
+                assert (ranks(scorer, queries, own) == num_items - 1).all()
+                best, worst = rank_bounds(scorer, queries, own)
+                assert not best.any()
+                assert (worst == num_items - 1).all()
 
     def test_so_does_one_of_hashed_ids(self):
         tables = build_tables([TableSpec("item", 3000, 16)], "hash", "10%")
@@ -245,3 +253,7 @@ class TestWrongInput:
         ranked = ranks(MatrixScorer(matrix[3999:4002]), torch.ones(2, 2), torch.tensor([1, 0]))
         assert ranked[0] == 2
         assert ranked[1] >= 1
+        best, worst = rank_bounds(MatrixScorer(matrix[3999:4002]), torch.ones(2, 2), torch.tensor([1, 0]))
+        assert best[0] == 2  # NaN is no tie that could be won
+        assert best[1] >= 1
+        assert torch.equal(worst, ranked)

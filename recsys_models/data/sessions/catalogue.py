@@ -1,7 +1,7 @@
 """What is known about items: how often they occur in training, and their attributes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -86,14 +86,12 @@ class Catalogue:
                 return attribute
         raise KeyError(f"no attribute {name!r}, there are: {', '.join(a.name for a in self.attributes) or 'none'}")
 
-    @cached_property
-    def twins(self) -> np.ndarray:
-        """Whether another item has the same values in all attributes, bool ``(I,)``."""
+    def twin_groups(self, attributes: Sequence[Attribute] | None = None) -> np.ndarray:
+        """Number groups of items that have the same values in all of these attributes, None for all: int64 ``(I,)``."""
         group = np.zeros(self.num_items, np.int64)
-        for attribute in self.attributes:
+        for attribute in self.attributes if attributes is None else attributes:
             group = _refine(group, attribute)
-        twins: np.ndarray = np.bincount(group)[group] > 1
-        return twins
+        return group
 
 
 def _refine(group: np.ndarray, attribute: Attribute) -> np.ndarray:

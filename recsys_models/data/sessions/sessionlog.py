@@ -1,12 +1,13 @@
 """The data model: sequences to train on, cases to choose and to report by, and the catalogue of items."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from recsys_models.data.malformed import MalformedLine
 from recsys_models.data.reader import check_one_of
-from recsys_models.data.sessions.catalogue import Catalogue
+from recsys_models.data.sessions.catalogue import Attribute, Catalogue
 from recsys_models.data.sessions.sequences import Cases, Sequences
 
 
@@ -57,14 +58,16 @@ class SessionLog:
         }
 
 
-def metadata_twin_rate(log: SessionLog, split: str = "test") -> float:
+def metadata_twin_rate(log: SessionLog, split: str = "test", attributes: Sequence[Attribute] | None = None) -> float:
     """Return the share of events on items that no attribute tells from every other item.
 
-    A model that knows items by their attributes alone can't tell such twins apart, so the rate bounds what it loses.
+    A model that knows items by their attributes alone can't tell such twins apart; `recsys_models.ranking` has
+    ``metadata_bounds``, which say what that costs.
 
     Args:
         log: the data set.
         split: ``"test"`` or ``"validation"``, whose events are the targets, or ``"train"``.
+        attributes: those that are known; None for all of the catalogue.
 
     Raises:
         DataError: if there is no such split.
@@ -72,4 +75,5 @@ def metadata_twin_rate(log: SessionLog, split: str = "test") -> float:
     check_one_of(log.name, "split", split, ("train", "validation", "test"))
     part: Sequences | Cases = getattr(log, split)
     events = part.items if isinstance(part, Sequences) else part.targets
-    return float(np.mean(log.catalogue.twins[events])) if len(events) else 0.0
+    group = log.catalogue.twin_groups(attributes)
+    return float(np.mean(np.bincount(group)[group[events]] > 1)) if len(events) else 0.0

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 
 from embcomp import FrequencyCutConfig, FullConfig, NestedConfig, build_tables
 from embcomp.errors import ConfigError, InputError, UnseenIdError
-from embcomp.scoring import cross_entropy, softmax
+from embcomp.scoring import cross_entropy, rank_bounds, ranks, softmax
+from embcomp.testing.training import LargestTensor
 from embcomp.training import Phases
+from recsys_models.data import Catalogue
 from recsys_models.ranking import rank_cases
-from recsys_models.session import MetadataItems, session_specs
+from recsys_models.session import ItemTable, MetadataItems, session_specs
 from recsys_models.session.floors import ItemKNN, Popularity
 from recsys_models.training import TrainingConfig, fit
 from tests.recsys_models.session.tiny import NUM_ITEMS, attribute, attributes, sequences, tiny_log, tiny_model
@@ -78,6 +80,45 @@ def test_an_item_of_which_nothing_is_known_has_a_vector_all_the_same():
     object.__setattr__(catalogue, "attributes", (empty,))
     _, items = items_of(catalogue)
     assert items(torch.arange(3)).isfinite().all()
+
+
+@pytest.mark.parametrize(("num_values", "width"), [(2**15, 2), (2**15 + 1, 4)])
+@pytest.mark.parametrize("bag_pooling", ["mean", "idf"])
+def test_what_composes_items_is_counted_and_small(num_values, width, bag_pooling):
+    catalogue = tiny_log().catalogue
+    kind, words = attributes()
+    large = dataclasses.replace(words, num_values=num_values)
+    object.__setattr__(catalogue, "attributes", (kind, large))
+    tables, items = items_of(catalogue, bag_pooling=bag_pooling)
+    network = 4 * sum(parameter.numel() for parameter in items.parameters())
+    values, cells = len(kind.values) + len(words.values), 2 * (NUM_ITEMS + 1)
+    weights = 4 * values if bag_pooling == "idf" else 0
+    of_attributes = 2 * (8 + 1)  # table and kind of each
+    assert items.composing_bytes == network + width * values + weights + 2 * (cells + 1) + of_attributes
+    assert items_of(catalogue, residual=True, bag_pooling=bag_pooling)[1].composing_bytes == items.composing_bytes
+    assert ItemTable(tables, "kind").composing_bytes == 0
+
+
+def test_models_say_what_composes_their_items():
+    log = tiny_log()
+    model = tiny_model(log, "m2trec")
+    assert model.composing_bytes == model.items.composing_bytes > 0
+    assert tiny_model(log, "sasrec").composing_bytes == Popularity(log.catalogue.counts).composing_bytes == 0
+
+
+def test_many_cells_and_values_are_composed_as_few_are():
+    """Beyond what int16 counts."""
+    rng = np.random.default_rng(0)
+    words = attribute("words", *[np.unique(rng.integers(0, 50_000, 9)) for _ in range(5000)], num_values=50_001)
+    catalogue = Catalogue(5000, np.ones(5000, np.int64), np.arange(5000), (words,))
+    tables, items = items_of(catalogue)
+    every = torch.arange(5000)
+    parts = [
+        tables(torch.from_numpy(words.values[words.offsets[item] : words.offsets[item + 1]]).long(), "words").mean(0)
+        for item in (0, 4000, 4999)
+    ]
+    wanted = items.out(items.norm(items.projection(torch.stack(parts))))
+    torch.testing.assert_close(items(every)[[0, 4000, 4999]], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_reach_the_tables_once_per_distinct_item():
@@ -176,12 +217,12 @@ def test_attributes_with_one_value_and_catalogues_of_one_item(options, known, nu
     object.__setattr__(log.catalogue, "attributes", constant(num_items, known))
     model = tiny_model(log, "m2trec", **options)
     fit(model, log, TrainingConfig(epochs=1, batch_size=64, device="cpu", learning_rate=0.01, progress=False))
-    vectors, ranks = model.items(torch.arange(num_items)), rank_cases(model, log.test)
+    vectors, found = model.items(torch.arange(num_items)), rank_cases(model, log.test)
     assert vectors.isfinite().all()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     if model.items.__class__ is MetadataItems and model.items.residual is None:
         assert (vectors == vectors[0]).all()
-        assert (ranks == num_items - 1).all()  # what scores everything alike gets nothing for it
+        assert (found == num_items - 1).all()  # what scores everything alike gets nothing for it
     elif num_items > 1:
         assert (vectors != vectors[0]).any()
 
@@ -235,14 +276,30 @@ def test_neighbours_are_those_of_brute_force():
 def test_floors_are_ranked_like_models():
     log = tiny_log()
     popular = Popularity(log.catalogue.counts)
-    ranks = rank_cases(popular, log.test)
+    found = rank_cases(popular, log.test)
     counts = log.catalogue.counts
-    for rank, target in zip(ranks, log.test.targets, strict=True):
-        above, alike = (counts > counts[target]).sum(), (counts == counts[target]).sum() - 1
-        assert above <= rank <= above + alike
+    for rank, target in zip(found, log.test.targets, strict=True):
+        assert rank == (counts >= counts[target]).sum() - 1
     knn = ItemKNN(log.train, NUM_ITEMS)
-    assert (rank_cases(knn, log.test) < 3).mean() > 2 * (ranks < 3).mean()
+    assert (rank_cases(knn, log.test) < 3).mean() > 2 * (found < 3).mean()
     assert F.one_hot(torch.tensor([2]), 3).float().equal(popular.scorer().vectors(torch.tensor([2]))[:, :3])
+
+
+def test_counts_are_told_apart_however_large_they_are():
+    popular = Popularity(np.array([2**24, 2**24 - 1, 2**24 - 1, 5]))
+    queries = popular.queries(torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, dtype=torch.int64))
+    best, worst = rank_bounds(popular.scorer(), queries, torch.arange(4))
+    assert best.tolist() == [0, 1, 1, 3]
+    assert worst.tolist() == [0, 2, 2, 3]
+
+
+def test_ranks_by_floors_take_no_matrix_of_their_own():
+    popular = Popularity(np.arange(100_000))
+    queries = popular.queries(torch.zeros(64, 1, dtype=torch.int64), torch.ones(64, dtype=torch.int64))
+    with (largest := LargestTensor()):
+        found = ranks(popular.scorer(), queries, torch.arange(64), chunk=1000)
+    assert found.tolist() == [99_999 - item for item in range(64)]
+    assert largest.size <= 4 * 64 * 1000, largest.by
 
 
 def test_phases_that_switch_what_is_shown_do_so_in_the_backward_pass_too(monkeypatch):

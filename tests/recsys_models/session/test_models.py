@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from embcomp.errors import ConfigError, InputError
 from embcomp.scoring import cross_entropy, sampled_cross_entropy, softmax
 from recsys_models.data import NO_TARGET, SessionBatch
-from recsys_models.session import ENCODERS
+from recsys_models.session import ENCODERS, used_attributes
 from recsys_models.session.encoders import Examples
 from recsys_models.session.prefix_encoders import first_places, transitions
 from tests.recsys_models.session.tiny import NAMES, NUM_ITEMS, attribute, log_with_unseen_items, tiny_log, tiny_model
@@ -359,6 +359,13 @@ def test_m2trec_has_no_row_per_item_unless_it_is_told_to():
     assert tiny_model(LOG, "m2trec", items="hybrid").tables.names == ("kind", "words", "item")
     assert tiny_model(LOG, "m2trec", items="id").tables.names == ("item",)
     assert tiny_model(LOG, "m2trec", head="free").tables.names == ("kind", "words", "item_output")
+
+
+def test_the_attributes_that_a_model_uses():
+    catalogue = LOG.catalogue
+    assert used_attributes("m2trec", catalogue) == catalogue.attributes
+    assert used_attributes("m2trec", catalogue, items="hybrid", attributes="words") == catalogue.attributes[1:]
+    assert used_attributes("sasrec", catalogue, attributes="words") == ()
 
 
 def test_a_free_head_scores_by_its_own_table():

@@ -30,10 +30,12 @@ def test_attributes_are_bags(root, cache):
     data = load_sessions("amazon_beauty", root, cache)
     assert values_of(data, "attribute") == {10: [6, 5], 20: [6], 30: [6, 5], 40: [None]}
     assert data.catalogue.attribute("attribute").counts.tolist() == [5, 3, 0]
-    assert data.catalogue.twins.tolist() == [True, False, True, False]
+    group = data.catalogue.twin_groups()
+    assert [int((group == own).sum()) for own in group] == [2, 1, 2, 1]
     assert metadata_twin_rate(data) == 0.0
     assert metadata_twin_rate(data, "validation") == 1.0
     assert metadata_twin_rate(data, "train") == 3 / 5
+    assert metadata_twin_rate(data, "train", attributes=()) == 1.0
     with pytest.raises(DataError, match="option split is 'dev', must be one of 'train', 'validation', 'test'"):
         metadata_twin_rate(data, "dev")
     (root / "item_attributes.json").unlink()
