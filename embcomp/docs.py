@@ -75,8 +75,8 @@ def overview(entries: Sequence[StrategyEntry]) -> str:
         "**`rows=`** are the kinds of [row formats](../../README.md#row-formats) that the strategy takes. It is "
         "`float32` alone where the strategy chooses the number format itself, or stores no rows. **Any id**: every "
         '64-bit id is hashed as it is; with `unseen="hash"` the others first bring ids they do not know into their '
-        "range. **Rows read**: how many stored rows a lookup of one id of the largest table reads, with a budget of "
-        "10 %, or the smallest budget where that is larger.",
+        "range. **Rows read**: how many stored rows a lookup of one id reads at most, whatever its table, with a "
+        "budget of 10 %, or the smallest budget where that is larger.",
     )
 
 

@@ -46,7 +46,7 @@ def can_be_sharded(name: str) -> bool:
 
 
 def rows_read(planned: Plan) -> int:
-    """Stored rows that the lookup of one id of the first table reads."""
+    """Stored rows that the lookup of one id reads: of the table where it reads most, whatever the tables' order."""
     total = 0
 
     def count(store: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -57,8 +57,12 @@ def rows_read(planned: Plan) -> int:
     for module in tables.modules():
         if isinstance(module, RowStore):
             module.register_forward_pre_hook(count)
-    tables.lookup(torch.zeros(1, dtype=torch.int64, device="meta"), 0)
-    return total
+    most = 0
+    for index in range(tables.num_tables):
+        total = 0
+        tables.lookup(torch.zeros(1, dtype=torch.int64, device="meta"), index)
+        most = max(most, total)
+    return most
 
 
 def _takes(name: str, kind: str) -> bool:

@@ -66,6 +66,13 @@ def test_figures_are_those_of_a_plan(pages):
     assert rows_read(embcomp.plan(docs.REFERENCE, embcomp.HashConfig(num_hashes=3), "10%")) == 3
 
 
+def test_bug_rows_read_do_not_depend_on_the_order_of_tables():
+    """They were those of the first table."""
+    specs = [embcomp.TableSpec("flag", 2, 16), embcomp.TableSpec("user", 1_000_000, 16)]
+    for tables in (specs, specs[::-1]):
+        assert rows_read(embcomp.plan(tables, "compositional", "10%")) == 2
+
+
 def test_pages_of_strategies_that_are_gone_are_removed_and_others_kept(tmp_path):
     (tmp_path / "gone.md").write_text(f"# gone\n\n{docs.MARK}\n")
     (tmp_path / "notes.md").write_text("# notes\n")

@@ -1,11 +1,13 @@
 """Compressed tables in several processes: the losses of one process, whatever the way of sharding."""
 
+import re
+
 import pytest
 import torch
 
 import embcomp
 from embcomp import ConfigError, IncompatibleStateError, TableSpec
-from tests.integrations.workers import run_workers
+from tests.integrations.workers import outcomes, run_workers
 
 pytest.importorskip("torchrec", reason="needs torchrec")
 
@@ -74,12 +76,18 @@ def test_what_four_processes_save_one_and_two_go_on_with(tmp_path):
 
 
 def test_a_process_that_dies_ends_the_others_and_leaves_the_checkpoint_whole(tmp_path):
-    with pytest.raises(RuntimeError, match=r"exit codes .*9|[Cc]onnection|timeout|Gloo"):
-        run_workers(save_and_die, 2, "hash", tmp_path, timeout=10)
+    timeout = 20
+    found, codes = outcomes(save_and_die, 2, "hash", tmp_path, timeout=timeout)
+    assert codes == [0, 9]
+    assert list(found) == [0]
+    (trained, told, seconds), failure = found[0]
+    assert not failure
+    assert re.search(r"[Cc]onnection|[Tt]imed? ?out|Gloo|gloo", told)
+    assert seconds < timeout
     model = model_of("hash", 6)
-    wanted = answers(model)
+    assert answers(model) != pytest.approx(trained, abs=1e-3)
     embcomp.load_pretrained_(model, tmp_path, verbose=False)
-    assert answers(model) == wanted
+    assert answers(model) == pytest.approx(trained, abs=1e-6)
 
 
 def test_every_process_hears_that_a_checkpoint_was_not_written(tmp_path):

@@ -17,6 +17,21 @@ def run_workers(work, world_size, *given, timeout=60):
     Raises:
         RuntimeError: with the traceback of the first that failed.
     """
+    found, codes = outcomes(work, world_size, *given, timeout=timeout)
+    failed = [text for result, text in found.values() if text]
+    if len(found) < world_size:
+        raise RuntimeError("\n".join([f"a worker died: exit codes {codes}", *failed]))
+    if failed:
+        raise RuntimeError(failed[0])
+    return [found[rank][0] for rank in range(world_size)]
+
+
+def outcomes(work, world_size, *given, timeout=60):
+    """Run as `run_workers`, and wait for those that outlive others, but no longer than they wait for each other.
+
+    Returns:
+        rank -> what it returned and its traceback or "", of those that told; and exit codes, None of those that hung.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -28,22 +43,24 @@ def run_workers(work, world_size, *given, timeout=60):
     ]
     for process in processes:
         process.start()
-    found = {}
+    found, deadline = {}, None
     while len(found) < world_size:
-        if queue.empty():
-            gone = [process for process in processes if not process.is_alive()]
-            if len(gone) > len(found) and queue.empty():
-                raise RuntimeError(f"a worker died: exit codes {[process.exitcode for process in processes]}")
-            time.sleep(0.02)
+        gone = sum(not process.is_alive() for process in processes)  # before the queue is looked at: they tell, then go
+        if not queue.empty():
+            rank, result = queue.get()
+            found[rank] = result
             continue
-        rank, result = queue.get()
-        found[rank] = result
+        if gone > len(found):
+            deadline = deadline or time.monotonic() + 2 * timeout
+        if gone == world_size or (deadline and time.monotonic() > deadline):
+            break
+        time.sleep(0.02)
     for process in processes:
-        process.join()
-    failed = [text for result, text in found.values() if text]
-    if failed:
-        raise RuntimeError(failed[0])
-    return [found[rank][0] for rank in range(world_size)]
+        process.join(timeout)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return found, codes
 
 
 def _worker(work, rank, world_size, port, timeout, queue, given):

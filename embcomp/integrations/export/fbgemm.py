@@ -16,12 +16,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from embcomp._checkpoint import get
-from embcomp.config import strategy_of
-from embcomp.errors import ExportError, IncompatibleStateError
+from embcomp._checkpoint import SEAL, digest_of, get, sealed
+from embcomp.config import UNSEEN_POLICIES, strategy_of
+from embcomp.errors import ExportError, IncompatibleStateError, SpecError, did_you_mean
 from embcomp.integrations.export.files import Exported, whole_file
 from embcomp.integrations.export.subjects import check_final
 from embcomp.mixed import MixedTables
+from embcomp.specs import TableSpec
 from embcomp.storage import packing
 from embcomp.storage.dense import DenseRows
 from embcomp.storage.packed import PackedRows
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 FORMAT, FORMAT_VERSION = "embcomp-fbgemm", 1
 _FLOATS = {torch.float32: "FP32", torch.float16: "FP16"}
 _BITS = (8, 4, 2)
+_DIGEST = "tensors_sha256"
+"""The key of the digest of all tensors; older files have none."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,10 @@ def export_fbgemm(
         "unseen": tables.config.unseen,
         "seed": tables.config.seed,
         "tables": [asdict(one) for one in described],
+        _DIGEST: digest_of(state),
     }
     with whole_file(path, ".safetensors", overwrite) as unfinished:
-        safetensors.torch.save_file(state, unfinished, metadata={"format": "pt", FORMAT: json.dumps(content)})
+        safetensors.torch.save_file(state, unfinished, metadata={"format": "pt", FORMAT: json.dumps(sealed(content))})
     path, names = Path(path), tuple(one.name for one in described)
     served = tables.memory().serve_bytes
     return Exported("fbgemm", path, path.stat().st_size, served, names, (), tables.config.unseen)
@@ -120,7 +124,8 @@ def load_fbgemm(
         device: ``"cpu"``, where rows lie without a gap, or CUDA, where FBGEMM wants them at multiples of 16 bytes.
 
     Raises:
-        IncompatibleStateError: if the file is missing, corrupt or foreign.
+        IncompatibleStateError: if the file is missing, corrupt, foreign or from the future: its SHA-256 digests, which
+            older files lack, and the names, dtypes and shapes of its tensors are checked before anything is built.
         ExportError: if ``pooling`` is ``"mean"`` and a table has padding, which FBGEMM would count, or features are of
             no table.
         MissingDependencyError: without TorchRec.
@@ -129,21 +134,62 @@ def load_fbgemm(
 
     path = Path(path)
     content, state = _read(path)
-    tables = [_described(one, state, path) for one in get(content, "tables", list, path)]
     unseen, seed = get(content, "unseen", str, path), get(content, "seed", int, path)
+    if unseen not in UNSEEN_POLICIES:
+        raise IncompatibleStateError(f"{path}: unseen={unseen!r}; {did_you_mean(unseen, UNSEEN_POLICIES)}")
+    tables = [_described(one, state, unseen, path) for one in get(content, "tables", list, path)]
+    names = [table.name for table in tables]
+    if not names or len(set(names)) < len(names):
+        raise IncompatibleStateError(f"{path}: 'tables' must be at least one, of different names; found {names}")
     return QuantizedTables(tables, state, unseen, seed, features, pooling, is_weighted, torch.device(device))
 
 
-def _described(content: Any, state: Mapping[str, Tensor], path: Path) -> QuantizedTable:
+def _described(content: Any, state: Mapping[str, Tensor], unseen: str, path: Path) -> QuantizedTable:
     names = [field.name for field in fields(QuantizedTable)]
     if not isinstance(content, dict) or sorted(content) != sorted(names):
         raise IncompatibleStateError(f"{path}: a table is described by {', '.join(names)}, found {content!r}")
     table = QuantizedTable(**content)
-    parts = ("codes", "scale_bias") if table.data_type.startswith("INT") else ("rows",)
-    for part in parts:
-        if f"{table.name}.{part}" not in state:
+    try:
+        TableSpec(table.name, table.num_embeddings, table.embedding_dim, table.padding_idx)
+    except SpecError as error:
+        raise IncompatibleStateError(f"{path} is corrupt: {error}") from error
+    for part, (dtype, shape) in _tensors_of(table, unseen, path).items():
+        tensor = state.get(f"{table.name}.{part}")
+        if tensor is None:
             raise IncompatibleStateError(f"{path} lacks {table.name}.{part}, so it is corrupt")
+        if tensor.dtype != dtype or tensor.shape != shape:
+            raise IncompatibleStateError(
+                f"{path} is corrupt: {table.name}.{part} is {tensor.dtype} {tuple(tensor.shape)}, and "
+                f"{table.data_type} rows of V={table.num_embeddings}, D={table.embedding_dim} with unseen={unseen!r} "
+                f"need {dtype} {shape}"
+            )
     return table
+
+
+def _tensors_of(table: QuantizedTable, unseen: str, path: Path) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
+    """Dtypes and shapes of a table's tensors, by what follows its name."""
+    floats = {name: dtype for dtype, name in _FLOATS.items()}
+    packed = {f"INT{bits}": bits for bits in _BITS}
+    rows, dim = table.num_embeddings + has_row_for_unseen(unseen), table.embedding_dim
+    data_type = str(table.data_type)
+    if data_type in floats:
+        return {"rows": (floats[data_type], (rows, dim))}
+    if data_type not in packed:
+        raise IncompatibleStateError(
+            f"{path}: table {table.name!r} has data_type={table.data_type!r}; "
+            f"{did_you_mean(data_type, [*floats, *packed])}"
+        )
+    if dim * packed[data_type] % 8:
+        raise IncompatibleStateError(f"{path} is corrupt: {data_type} rows of D={dim} do not fill whole bytes")
+    return {
+        "codes": (torch.uint8, (rows, dim * packed[data_type] // 8)),
+        "scale_bias": (torch.float16, (rows, 2)),
+    }
+
+
+def has_row_for_unseen(unseen: str) -> bool:
+    """Whether tables of a policy have a row behind their own."""
+    return unseen in ("zero", "oov_row")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -159,6 +205,14 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     version = get(content, "format_version", int, path)
     if version != FORMAT_VERSION:
         raise IncompatibleStateError(f"{path} has format version {version}, this embcomp reads {FORMAT_VERSION}")
+    if SEAL in content and sealed(content)[SEAL] != content[SEAL]:
+        raise IncompatibleStateError(
+            f"{path} is corrupt: its {SEAL} is that of another content; export the tables again"
+        )
+    if _DIGEST in content and digest_of(state) != content[_DIGEST]:
+        raise IncompatibleStateError(
+            f"{path} is corrupt: its {_DIGEST} is that of other tensors; export the tables again"
+        )
     return content, state
 
 

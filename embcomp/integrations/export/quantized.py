@@ -6,17 +6,14 @@ FBGEMM's kernels look up row 0 for ids outside a table, and log a line. So ids a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from embcomp.errors import ExportError, UnseenIdError, did_you_mean
+from embcomp.errors import ExportError, InputError, UnseenIdError, did_you_mean
 from embcomp.hashing import hash_seed, hash_to_range
+from embcomp.integrations.export.fbgemm import QuantizedTable, has_row_for_unseen
 from embcomp.integrations.versions import torchrec_error
-
-if TYPE_CHECKING:
-    from embcomp.integrations.export.fbgemm import QuantizedTable
 
 try:
     from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
@@ -80,9 +77,19 @@ class QuantizedTables(nn.Module):
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Look up and pool.
 
+        Args:
+            features: of ids, int64 or int32; with a float weight per id if the collection is weighted. Keys may come in
+                any order, and there may be more of them.
+
+        Returns:
+            float32 ``(B, D)`` per feature.
+
         Raises:
+            InputError: if a feature or weights are missing, ids are no integers, or lengths or weights do not go with
+                the ids.
             UnseenIdError: if ``unseen="error"`` and an id is outside its table.
         """
+        self._check_features(features)
         keys = [key for key in features.keys() if key in self._owner]  # noqa: SIM118
         chosen = features if keys == list(features.keys()) else features.permute([*map(features.keys().index, keys)])
         lengths = torch.tensor(chosen.length_per_key(), device=self._sizes.device)
@@ -91,6 +98,27 @@ class QuantizedTables(nn.Module):
         mapped = KeyedJaggedTensor(keys, values, weights=chosen.weights_or_none(), lengths=chosen.lengths())
         found: KeyedTensor = self.collection(mapped)
         return found
+
+    def _check_features(self, features: KeyedJaggedTensor) -> None:
+        """The kernels take what they are given, and read weights beyond their end."""
+        known, ids, weights = features.keys(), features.values(), features.weights_or_none()
+        if missing := [name for name in self._owner if name not in known]:
+            raise InputError(
+                f"the KeyedJaggedTensor lacks features {', '.join(map(repr, missing))}; it has "
+                f"{', '.join(map(repr, known)) or 'none'}, and this collection looks {', '.join(self._owner)} up"
+            )
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"ids of tables {', '.join(self.names)} must be int64, not {ids.dtype}: call ids.long()")
+        if (total := sum(features.length_per_key())) != ids.numel():
+            raise InputError(f"the KeyedJaggedTensor has {ids.numel()} values, and lengths that add up to {total}")
+        if not self.collection.is_weighted():
+            return
+        if weights is None or weights.shape != ids.shape or not weights.is_floating_point():
+            found = "none" if weights is None else f"{weights.dtype} {tuple(weights.shape)}"
+            raise InputError(
+                f"the collection is weighted (is_weighted=True), and the KeyedJaggedTensor has weights {found} for "
+                f"{ids.numel()} ids: give weights=, one float per id"
+            )
 
     def _in_range(self, ids: Tensor, owner: Tensor) -> Tensor:
         """Ids ``(N,)`` of tables ``(N,)``, those that are unseen brought to where their vectors are."""
@@ -127,7 +155,7 @@ def _config(table: QuantizedTable, features: list[str], unseen: str, pooling: st
     return EmbeddingBagConfig(
         name=_inner_name(table.name),
         embedding_dim=table.embedding_dim,
-        num_embeddings=table.num_embeddings + (unseen in ("zero", "oov_row")),
+        num_embeddings=table.num_embeddings + has_row_for_unseen(unseen),
         feature_names=features,
         data_type=DataType[table.data_type],
         pooling=PoolingType[pooling.upper()],

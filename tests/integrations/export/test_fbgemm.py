@@ -8,7 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import embcomp
-from embcomp.errors import ExportError, IncompatibleStateError, UnseenIdError
+from embcomp._checkpoint import sealed
+from embcomp.errors import ExportError, IncompatibleStateError, InputError, UnseenIdError
 from embcomp.integrations.export import export_fbgemm, load_fbgemm
 from embcomp.testing._cases import UNSEEN_IDS, build, every_id, make_specs, make_weights
 
@@ -178,16 +179,105 @@ def test_files_that_are_none_of_ours(tmp_path):
     with pytest.raises(IncompatibleStateError, match="is foreign"):
         load_fbgemm(path)
     export_fbgemm(fitted("full", 8), path, overwrite=True)
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    content = json.loads(metadata["embcomp-fbgemm"])
-    state = load_file(path)
+    content, state = read(path)
     for changed, kept, message in (
         ({"format_version": 9}, state, "version 9"),
         ({"tables": [{"name": "user"}]}, state, "a table is described by name, num_embeddings"),
+        ({"tables": []}, state, "must be at least one"),
         ({"unseen": 3}, state, "'unseen' must be a str"),
+        ({"unseen": "zeros"}, state, "unseen='zeros'; did you mean 'zero'"),
         ({}, {name: state[name] for name in state if name != "item.rows"}, "lacks item.rows"),
     ):
-        save_file(kept, path, metadata=metadata | {"embcomp-fbgemm": json.dumps(content | changed)})
+        write(path, content | changed, kept)
         with pytest.raises(IncompatibleStateError, match=message):
             load_fbgemm(path)
+
+
+def read(path):
+    """The description without its digests, as older files have it, and the tensors."""
+    with safe_open(path, "pt") as file:
+        content = json.loads(file.metadata()["embcomp-fbgemm"])
+    return {key: value for key, value in content.items() if not key.endswith("sha256")}, load_file(path)
+
+
+def write(path, content, state):
+    save_file(state, path, metadata={"format": "pt", "embcomp-fbgemm": json.dumps(content)})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"data_type": 3}, "data_type=3; Allowed: FP16, FP32, INT2, INT4, INT8"),
+        ({"data_type": ["INT8"]}, "Allowed: FP16"),
+        ({"data_type": "INT7"}, "data_type='INT7'; did you mean"),
+        ({"data_type": "FP32"}, "lacks item.rows"),
+        ({"data_type": "INT4"}, r"item.codes is torch.uint8 \(50, 8\)"),
+        ({"num_embeddings": "x"}, "num_embeddings='x'"),
+        ({"num_embeddings": 49}, r"item.codes is torch.uint8 \(50, 8\), and INT8 rows of V=49, D=8"),
+        ({"num_embeddings": 10**15}, "V=1000000000000000, D=8"),
+        ({"embedding_dim": 7}, "V=50, D=7"),
+        ({"padding_idx": 50}, "padding_idx=50"),
+        ({"name": 3}, "table name 3"),
+    ],
+)
+def test_descriptions_that_tensors_do_not_have(changed, message, tmp_path):
+    path = export_fbgemm(fitted(embcomp.FullConfig(rows="int8:row"), 8), tmp_path / "t.safetensors", table="item").path
+    content, state = read(path)
+    write(path, content | {"tables": [content["tables"][0] | changed]}, state)
+    with pytest.raises(IncompatibleStateError, match=message):
+        load_fbgemm(path)
+
+
+def test_the_row_for_unseen_ids_is_counted(tmp_path):
+    tables = fitted(embcomp.FullConfig(rows="int8:row"), 8, unseen="zero")
+    path = export_fbgemm(tables, tmp_path / "t.safetensors").path
+    content, state = read(path)
+    write(path, content | {"unseen": "hash"}, state)
+    with pytest.raises(IncompatibleStateError, match="with unseen='hash' need"):
+        load_fbgemm(path)
+
+
+def test_bug_changed_files_are_found_by_their_digests(tmp_path):
+    """A flipped bit gave other vectors, and nobody was told."""
+    tables = fitted(embcomp.FullConfig(rows="int8:row"), 8, unseen="hash")
+    path = export_fbgemm(tables, tmp_path / "t.safetensors").path
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    content, state = json.loads(metadata["embcomp-fbgemm"]), load_file(path)
+    for name in ("item.codes", "user.scale_bias"):
+        flipped = {key: tensor.clone() for key, tensor in state.items()}
+        flipped[name].view(torch.uint8)[1, 1] ^= 1
+        save_file(flipped, path, metadata=metadata)
+        with pytest.raises(IncompatibleStateError, match="its tensors_sha256 is that of other tensors"):
+            load_fbgemm(path)
+    write(path, content | {"seed": content["seed"] ^ 1}, state)
+    with pytest.raises(IncompatibleStateError, match="its config_sha256 is that of another content"):
+        load_fbgemm(path)
+    write(path, sealed(content), state)
+    ids = every_id(tables)
+    wanted = load_fbgemm(path)(columns(tables, ids)).values()
+    write(path, read(path)[0], state)  # as before there were digests
+    assert torch.equal(load_fbgemm(path)(columns(tables, ids)).values(), wanted)
+
+
+def test_bug_features_that_make_no_bags(tmp_path):
+    """Float ids were cut off, and a missing weight was read from beyond the end."""
+    tables = fitted(embcomp.FullConfig(rows="int8:row"), 8, unseen="zero")
+    path = export_fbgemm(tables, tmp_path / "t.safetensors", table="item").path
+    plain, weighted = load_fbgemm(path), load_fbgemm(path, is_weighted=True)
+    ids, lengths = torch.tensor([3, 4, 5]), torch.tensor([2, 1])
+
+    def features(key="item", ids=ids, **options):
+        return jagged_tensor.KeyedJaggedTensor([key], ids, lengths=lengths, **options)
+
+    for collection, given, message in (
+        (plain, features(ids=ids + 0.5), "must be int64, not torch.float32: call ids.long"),
+        (plain, features("itme"), "lacks features 'item'; it has 'itme'"),
+        (plain, features(ids=ids[:2]), "has 2 values, and lengths that add up to 3"),
+        (weighted, features(), "has weights none for 3 ids"),
+        (weighted, features(weights=torch.ones(2)), r"has weights torch.float32 \(2,\) for 3 ids"),
+        (weighted, features(weights=torch.ones(3, dtype=torch.int64)), "weights torch.int64"),
+    ):
+        with pytest.raises(InputError, match=message):
+            collection(given)
+    assert torch.equal(plain(features(ids=ids.int())).values(), plain(features()).values())
