@@ -151,7 +151,7 @@ def metadata_bounds(
     worst = np.bincount(group)[group[cases.targets]] - 1
     if log.filters_seen:
         for case in np.flatnonzero(worst):
-            prefix, target = cases[case]
+            prefix, target = cases[int(case)]
             worst[case] -= len(set(prefix[group[prefix] == group[target]].tolist()) - {target})
     return ranking_metrics(worst, cutoffs, best=np.zeros_like(worst))
 

@@ -1,6 +1,8 @@
 """compress_: what it finds, what it leaves, what it refuses, and that a refusal leaves the model as it was."""
 
 import copy
+import sys
+import types
 
 import pytest
 import torch
@@ -448,3 +450,9 @@ def test_groups_are_cut_each_by_itself_and_keep_their_fronts_in_files(tmp_path):
         for own, tables in zip(loaded.tables, handle.tables, strict=True):
             assert own.pareto() == tables.pareto()
             own.cut_("50%")
+
+
+def test_bug_a_torchrec_that_cannot_be_imported_is_nobodys_business(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchrec", types.ModuleType("torchrec"))
+    monkeypatch.delitem(sys.modules, "embcomp.integrations.torchrec", raising=False)
+    assert quiet(Model()).memory().ratio <= 0.5

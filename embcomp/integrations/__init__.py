@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from torch import nn
 
 
@@ -16,8 +14,9 @@ def fuse_collections(model: nn.Module) -> tuple[nn.Module, list[str]]:
     Returns:
         the model, or its replacement where it is a collection itself, and a line for people on each collection.
     """
-    if sys.modules.get("torchrec") is None:  # then no module can be one of its
-        return model, []
+    classes = {known for module in model.modules() for known in type(module).__mro__}
+    if not any(known.__module__.split(".")[0] == "torchrec" for known in classes):
+        return model, []  # a torchrec that can't be imported is nobody's business
     from embcomp.integrations.torchrec import fuse
 
     return fuse(model)

@@ -128,10 +128,24 @@ class _Compressed(nn.Module):
                 "the collection is weighted (is_weighted=True), and the KeyedJaggedTensor has no weights: give "
                 "weights=, one float per value"
             )
+        weights, number = kjt.weights_or_none(), kjt.values().numel()
+        if weights is not None and weights.numel() != number:
+            raise InputError(
+                f"the KeyedJaggedTensor has {number} values and {weights.numel()} weights: give one float per value"
+            )
+        if len(set(known)) < len(known):
+            raise InputError(f"the KeyedJaggedTensor has a feature twice: {', '.join(map(repr, known))}")
+        if not kjt.variable_stride_per_key() and kjt.lengths().numel() % len(known):
+            raise InputError(
+                f"the KeyedJaggedTensor has {kjt.lengths().numel()} lengths for {len(known)} features: give as many of "
+                "each"
+            )
         if not torch.compiler.is_compiling() and kjt.values().device.type == "cpu":
-            total, number = int(kjt.lengths().sum()), kjt.values().numel()
+            total = int(kjt.lengths().sum())
             if total != number:
                 raise InputError(f"the KeyedJaggedTensor has {number} values, and lengths that add up to {total}")
+            if kjt.lengths().numel() and int(kjt.lengths().min()) < 0:
+                raise InputError("the KeyedJaggedTensor has a negative length")
         return kjt
 
 
@@ -156,7 +170,8 @@ class CompressedEmbeddingBagCollection(_Compressed, EmbeddingBagCollectionInterf
                 and there may be more of them.
 
         Raises:
-            InputError: if a feature or the weights are missing, or lengths do not add up to the values.
+            InputError: if a feature or the weights are missing, a feature is there twice, or numbers of lengths, values
+                and weights do not go together.
             UnseenIdError: if an id is outside its table, and the tables' policy is to say so.
         """
         features = self._checked(features, self._is_weighted)

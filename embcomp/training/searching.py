@@ -13,9 +13,9 @@ from numbers import Rational, Real
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from embcomp._checkpoint import digest_of
 from embcomp.errors import IncompatibleStateError, InputError
 from embcomp.specs import as_int
 from embcomp.tables import EmbeddingTables
@@ -167,11 +167,8 @@ def make_folder(checkpoint: Path) -> None:
 
 def _owner(model: nn.Module, tables: EmbeddingTables) -> str:
     """Digest of what values of candidates depend on: the weights, and the config of the tables."""
-    digest = hashlib.sha256(repr(tables.built_config).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    weights = digest_of({name: tensor.cpu() for name, tensor in model.state_dict().items()})
+    return hashlib.sha256(f"{tables.built_config!r} {weights}".encode()).hexdigest()
 
 
 def _save(search: Search, path: Path | None, owner: str, best: tuple[Candidate, float] | None = None) -> None:

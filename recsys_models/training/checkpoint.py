@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from embcomp._checkpoint import digest_of, sync
 from embcomp.errors import IncompatibleStateError
 
 FILE_NAME = "checkpoint.safetensors"
@@ -29,11 +31,11 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: Mapping[st
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
-    metadata = {"version": str(VERSION), "info": json.dumps(info)}
-    save_file({name: to_cpu(tensor) for name, tensor in tensors.items()}, temporary, metadata)
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
+    copies, text = {name: to_cpu(tensor) for name, tensor in tensors.items()}, json.dumps(info)
+    save_file(copies, temporary, {"version": str(VERSION), "info": text, "sha256": _digest(copies, text)})
+    sync(temporary)
     os.replace(temporary, path)
+    sync(path.parent)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -56,7 +58,13 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} is no training checkpoint of version {VERSION} (version {metadata.get('version')!r}): "
             "give another checkpoint_dir, or delete it to start anew"
         )
+    if "sha256" in metadata and metadata["sha256"] != _digest(tensors, metadata["info"]):  # since it is written
+        raise IncompatibleStateError(f"{path} is damaged: its SHA-256 is another. Delete it to start anew")
     return tensors, json.loads(metadata["info"])
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    return hashlib.sha256(f"{digest_of(tensors)} {text}".encode()).hexdigest()
 
 
 def to_cpu(tensor: Tensor) -> Tensor:

@@ -216,6 +216,26 @@ def test_batches_without_duplicates():
     assert_same(compressed(model)(features), model(features))
 
 
+@pytest.mark.parametrize("keys", ["abc", "cab", "abcd"])
+@pytest.mark.parametrize("is_weighted", [True, False])
+def test_bug_too_few_weights_are_refused_before_anything_reads_them(keys, is_weighted):
+    new = compressed(bags(is_weighted, poolings=("SUM",) * 3))
+    lengths = torch.tensor([1] * (2 * len(keys)))
+    few = KeyedJaggedTensor(list(keys), torch.ones(len(lengths), dtype=torch.int64), torch.ones(2), lengths=lengths)
+    with pytest.raises(InputError, match=f"{len(lengths)} values and 2 weights: give one float per value"):
+        new(few)
+
+
+def test_lengths_that_are_no_lengths_and_features_that_come_twice_are_refused():
+    new, ids = compressed(bags()), torch.ones(4, dtype=torch.int64)
+    with pytest.raises(InputError, match="7 lengths for 3 features"):
+        new(KeyedJaggedTensor(list("bca"), ids, lengths=torch.tensor([1, 1, 1, 1, 0, 0, 0])))
+    with pytest.raises(InputError, match="negative length"):
+        new(KeyedJaggedTensor(list("abc"), ids, lengths=torch.tensor([2, -1, 3])))
+    with pytest.raises(InputError, match="a feature twice: 'a', 'b', 'c', 'a'"):
+        new(KeyedJaggedTensor(list("abca"), ids, lengths=torch.tensor([1, 1, 1, 1])))
+
+
 def test_weights_must_be_there():
     with pytest.raises(InputError, match="no weights"):
         compressed(bags(True, poolings=("SUM",) * 3))(batch())

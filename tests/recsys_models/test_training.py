@@ -428,6 +428,24 @@ def test_foreign_and_damaged_checkpoints(tmp_path):
             fit(seeded(data), data, CONFIG, **resumed)
 
 
+def test_bug_a_checkpoint_with_a_flipped_bit_is_refused_or_has_the_right_values(tmp_path):
+    file = tmp_path / "checkpoint.safetensors"
+    tensors = {"weight": torch.arange(60.0).view(20, 3), "step": torch.tensor(7)}
+    info = {"done": [], "run": {"epoch": 3, "rates": [0.1, 0.2]}}
+    checkpoint.write_checkpoint(file, tensors, info)
+    content, refused = file.read_bytes(), 0
+    for place in range(len(content)):
+        file.write_bytes(content[:place] + bytes([content[place] ^ (1 << place % 8)]) + content[place + 1 :])
+        try:
+            found, told = checkpoint.read_checkpoint(file)
+        except IncompatibleStateError:
+            refused += 1
+        else:
+            assert told == info
+            assert_same(found, tensors)
+    assert refused > 0.9 * len(content)
+
+
 def test_bug_a_run_that_begins_anew_and_is_killed_early_does_not_go_on_as_the_one_before(tmp_path):
     data = tiny_log()
     fit(seeded(data, dropout=0.2), data, CONFIG, checkpoint_dir=tmp_path)
