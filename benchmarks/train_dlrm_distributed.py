@@ -14,6 +14,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain, count, islice
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: of the command line; None for the process's own.
     """
     given = _parser().parse_args(arguments)
+    if given.backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # else all processes of a machine use its first GPU
     dist.init_process_group(given.backend)
     _run(given)
     gc.collect()  # a model that is left holds threads of the group, which abort the process if they outlive Python
@@ -42,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(given: argparse.Namespace) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if given.backend == "nccl" else torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if given.backend == "nccl" else torch.device("cpu")
     if device.type == "cpu":
         torch.set_num_threads(given.threads)
     log = load_dataset(given.data, given.root, given.cache)
@@ -87,9 +90,8 @@ def batches(
 ) -> Iterator[Batch]:
     """This process's rows of each batch, which is ``batch_size`` rows of all processes together."""
     stream = log.train.batches(batch_size, shuffle=True, drop_last=True, device=device)
-    for step in range(steps):
-        epoch, number = divmod(step, len(stream))
-        whole = next(iter(stream.epoch(epoch, number)))
+    every = chain.from_iterable(stream.epoch(epoch) for epoch in count())
+    for whole in islice(every, steps):
         yield Batch(*(part.tensor_split(world_size)[rank] for part in whole))
 
 

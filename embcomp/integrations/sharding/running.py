@@ -57,7 +57,8 @@ def distribute(
         the model to train, whose ``dense_parameters`` need an optimizer of their own.
 
     Raises:
-        ConfigError: as `plan_sharding`, for an unknown optimizer, or where there is no process group.
+        ConfigError: as `plan_sharding`, for an unknown optimizer, where there is no process group, or where ``device``
+            is another GPU than the current one.
     """
     if optimizer not in OPTIMIZERS:
         raise ConfigError(f"optimizer={optimizer!r}; {did_you_mean(optimizer, OPTIMIZERS)}")
@@ -78,6 +79,11 @@ def distribute(
                 rate *= (rows.dim / rows.width) ** 0.5
             _apply_optimizer_in_backward(OPTIMIZERS[optimizer], rows.parameters(), {"lr": rate, **options})
     device = torch.device(device)
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        raise ConfigError(
+            f"device={str(device)!r}, but the current one is cuda:{torch.cuda.current_device()}, where processes would "
+            "meet: call torch.cuda.set_device first, before the process group is made"
+        )
     planner = make_planner(wanted, group.size(), _local_world_size(group), device.type)
     sharders: list[Any] = [EmbeddingCollectionSharder()]
     plan = planner.collective_plan(model, sharders, group)
