@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from embcomp.config import StrategyConfig, make_config, strategy_of
-from embcomp.errors import BudgetError, ConfigError
+from embcomp.errors import BudgetError, ConfigError, SpecError
 from embcomp.memory import MemoryReport, format_bytes
 from embcomp.specs import Knowledge, TableSpec, check_group
 from embcomp.tables import EmbeddingTables
@@ -141,6 +141,7 @@ def plan(
     Raises:
         BudgetError: if the budget can't be read or met; ``minimum_bytes`` is the smallest feasible one.
         ConfigError: if the config is wrong, or leaves its size open and there is no budget.
+        SpecError: if the tables make no group, or are larger than tensors can be.
     """
     specs, config = check_group(specs), make_config(strategy)
     known = Knowledge.of(specs, counts, weights)
@@ -167,9 +168,24 @@ def build_tables(
 
 
 def measure(specs: Sequence[TableSpec], config: StrategyConfig) -> MemoryReport:
-    """The memory report of tables with a complete config, built on ``meta``."""
-    with torch.device("meta"):
-        return strategy_of(config).tables_class(specs, config).memory()
+    """The memory report of tables with a complete config, built on ``meta``.
+
+    Raises:
+        SpecError: if tensors would have more bytes than int64 counts.
+    """
+    tables_class = strategy_of(config).tables_class
+    try:
+        with torch.device("meta"):
+            return tables_class(specs, config).memory()
+    except (RuntimeError, TypeError, ValueError) as error:
+        if "overflow" not in str(error).lower():
+            raise
+        largest = max(specs, key=lambda spec: spec.num_embeddings)
+        raise SpecError(
+            f"table {largest.name!r}: num_embeddings={largest.num_embeddings}, embedding_dim={largest.embedding_dim} "
+            f"make tensors of strategy {strategy_of(config).name!r} that are larger than int64 can count: give fewer "
+            "ids, or a strategy that hashes them, such as 'hash'"
+        ) from error
 
 
 def solve(

@@ -15,6 +15,9 @@ from embcomp.errors import SpecError, did_you_mean
 from embcomp.memory import SHARED
 from embcomp.row_source import RowSource
 
+LARGEST = 2**63 - 1
+"""Of the numbers that int64 holds."""
+
 
 @dataclass(frozen=True)
 class TableSpec:
@@ -28,7 +31,7 @@ class TableSpec:
         init_std: standard deviation that the plain table's initial entries have; every strategy matches it.
 
     Raises:
-        SpecError: if a size is not positive, or ``padding_idx`` is outside ``[0, V)``.
+        SpecError: if a size is not positive or beyond int64, or ``padding_idx`` is outside ``[0, V)``.
     """
 
     name: str
@@ -42,8 +45,11 @@ class TableSpec:
             raise SpecError(f"table name {self.name!r}: give a non-empty string other than {SHARED!r}")
         for what in ("num_embeddings", "embedding_dim"):
             value = self._whole(what)
-            if value is None or value < 1:
-                raise SpecError(f"table {self.name!r}: {what}={getattr(self, what)!r} must be an int of at least 1")
+            if value is None or not 1 <= value <= LARGEST:
+                raise SpecError(
+                    f"table {self.name!r}: {what}={getattr(self, what)!r} must be an int of at least 1, and at most "
+                    f"{LARGEST}, as ids are int64"
+                )
         if self.padding_idx is not None:
             padding = self._whole("padding_idx")
             if padding is None or not 0 <= padding < self.num_embeddings:

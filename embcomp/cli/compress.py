@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from embcomp.budget import Budget
@@ -75,8 +76,8 @@ def compress(given: argparse.Namespace) -> Found:
     model.add_module(GROUPS, Groups(groups))
     try:
         save_pretrained(model, given.output)
-    except OSError as error:
-        raise InputError(f"{given.output} can't be written: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{given.output} can't be written ({error}): choose a folder that can") from error
     report = sum_reports(tables.memory() for tables in groups)
     return {
         "source": str(given.weights),

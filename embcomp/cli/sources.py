@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from embcomp._checkpoint import CONFIG, read_config
+from embcomp._checkpoint import CONFIG, get, read_config
 from embcomp.cli.weights import SUFFIXES, matrices
 from embcomp.errors import EmbcompError, MissingDependencyError, SpecError
 from embcomp.specs import TableSpec
@@ -34,13 +34,12 @@ def read_specs(path: Path, dim: int | None = None) -> list[TableSpec]:
 
     Raises:
         SpecError: if the file can't be read, or does not describe tables; the message says what it may look like.
+        IncompatibleStateError: if the config of a checkpoint is corrupt, foreign or from the future.
         MissingDependencyError: for YAML without PyYAML.
     """
-    if path.is_dir():
-        return _of_checkpoint(path)
-    if not path.is_file():
+    if not path.exists():
         raise SpecError(f"{path} does not exist; tables come from {HELP}")
-    reader = _READERS.get(path.suffix.lower())
+    reader = _of_checkpoint if path.is_dir() else _READERS.get(path.suffix.lower())
     if reader is None:
         raise SpecError(f"{path}: files that end with {path.suffix!r} are not known; tables come from {HELP}")
     try:
@@ -58,11 +57,12 @@ def _of_weights(path: Path, dim: int | None) -> list[TableSpec]:
     return [TableSpec(name, rows, width) for name, (rows, width) in matrices(path).items()]
 
 
-def _of_checkpoint(folder: Path) -> list[TableSpec]:
+def _of_checkpoint(folder: Path, dim: int | None) -> list[TableSpec]:
     if not (folder / CONFIG).is_file():
         raise SpecError(f"{folder} is no checkpoint: it has no {CONFIG}; tables come from {HELP}")
-    groups = read_config(folder / CONFIG).get("groups", [])
-    return [TableSpec(**spec) for group in groups for spec in group["specs"]]
+    file = folder / CONFIG
+    groups = get(read_config(file), "groups", list, file)
+    return [TableSpec(**spec) for group in groups for spec in get(group, "specs", list, file)]
 
 
 def _of_json(path: Path, dim: int | None) -> list[TableSpec]:

@@ -109,6 +109,28 @@ def test_inspect_tells_what_is_in_a_checkpoint(saved, capsys):
     assert read_specs(saved)[0].num_embeddings == 1000
 
 
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (None, "'groups' must be a list, found None"),
+        ([3], "'specs' must be a list, found None"),
+        ([{}], "'specs' must be a list, found None"),
+        ([{"specs": [7]}], "can't be read"),
+        ([{"specs": [{"name": "user", "rows": 3}]}], "can't be read"),
+        ([{"specs": [{"name": "user", "num_embeddings": "x", "embedding_dim": 4}]}], "num_embeddings='x'"),
+        ([], "describes no table"),
+    ],
+)
+def test_bug_plans_of_configs_that_describe_no_tables(saved, capsys, groups, message):
+    file = saved / "embcomp_config.json"
+    content = json.loads(file.read_text()) | {"format_version": 1, "groups": groups}
+    del content["config_sha256"]
+    file.write_text(json.dumps(content))
+    code, text, error = run(capsys, "plan", saved)
+    assert (code, text) == (2, "")
+    assert message in error
+
+
 def test_inspect_tells_a_damaged_checkpoint(saved, capsys):
     (weights,) = saved.glob("*.safetensors")
     content = bytearray(weights.read_bytes())
@@ -145,6 +167,8 @@ def test_strategies_lists_what_each_can(capsys):
         ("t.json", "{", "can't be read"),
         ("t.json", '{"user": -3}', "user"),
         ("t.json", '{"user": "many"}', "user"),
+        ("t.json", f'{{"user": {10**25}}}', "and at most 9223372036854775807, as ids are int64"),
+        ("t.json", f'{{"user": {10**18}}}', "make tensors of strategy 'compact' that are larger than int64 can count"),
         ("t.csv", "name,dim\nuser,3\n", "needs table and size"),
         ("t.csv", "name,size\nuser,3\n", "does not say the dimension of table 'user'"),
         ("t.npy", "no numbers", "can't be read"),

@@ -233,3 +233,11 @@ def test_an_output_that_is_a_file_is_refused_first(tmp_path, file, run):
     code, _, error = run(file, "--budget", "10%", output="taken/inside")
     assert code == 2
     assert "can't be written" in error
+
+
+def test_bug_a_full_disk_is_an_error_that_names_the_output(tmp_path, file, run, full_disk):
+    with full_disk():
+        code, _, error = run(file, "--budget", "10%")
+    assert code == 2
+    assert f"{tmp_path / 'out'} can't be written" in error
+    assert not any((tmp_path / "out").iterdir())

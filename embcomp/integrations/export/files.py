@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from embcomp._checkpoint import TEMPORARY, sync
 from embcomp.errors import ExportError
 
@@ -66,5 +68,5 @@ def whole_file(path: str | Path, suffix: str, overwrite: bool) -> Iterator[Path]
             sync(unfinished)
             os.replace(unfinished, path)
             sync(path.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ExportError(f"{path} can't be written ({error}): choose a folder that can") from error

@@ -6,6 +6,7 @@ compiler sums in another order; ids that ``unseen="error"`` refuses raise ``Runt
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -58,7 +59,11 @@ def export_pt2(
     """
     subject = make_subject(model, table, bag, example, dynamic_shapes)
     with whole_file(path, ".pt2", overwrite) as unfinished:
-        torch.export.save(capture(subject), unfinished)
+        program = capture(subject)
+        with _PatientFile(unfinished, "wb") as file:
+            torch.export.save(program, file)
+            if file.error is not None:
+                raise file.error
     return told("pt2", path, subject)
 
 
@@ -102,6 +107,21 @@ def export_aoti(
                 "compiler, or use 'pt2', which needs none"
             ) from error
     return told("aoti", path, subject)
+
+
+class _PatientFile(io.FileIO):
+    """Takes whatever is written, and keeps the first error: torch's writer of archives ends the process at one."""
+
+    error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        whole = rest = memoryview(content).cast("B")
+        while rest and self.error is None:
+            try:
+                rest = rest[super().write(rest) :]
+            except OSError as error:
+                self.error = error
+        return len(whole)
 
 
 def capture(subject: Subject) -> ExportedProgram:

@@ -6,7 +6,7 @@ from torch import nn
 
 import embcomp
 from embcomp.errors import ExportError, NoMatchingTableError
-from embcomp.integrations.export import export_aoti, export_onnx, export_pt2
+from embcomp.integrations.export import dump_vectors, export_aoti, export_fbgemm, export_onnx, export_pt2
 from embcomp.testing._cases import UNSEEN_IDS, build, every_id
 
 
@@ -169,3 +169,18 @@ def test_paths_that_can_not_be(tmp_path):
     (tmp_path / "folder.pt2").mkdir()
     with pytest.raises(ExportError, match="is a folder"):
         export_pt2(tables, tmp_path / "folder.pt2", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("export", "suffix"),
+    [(export_pt2, ".pt2"), (export_onnx, ".onnx"), (export_fbgemm, ".safetensors"), (dump_vectors, ".npy")],
+)
+def test_bug_a_full_disk_is_told_with_the_path_and_leaves_nothing(export, suffix, full_disk, tmp_path):
+    if export is export_onnx:
+        pytest.importorskip("onnxruntime")
+    tables = embcomp.build_tables([embcomp.TableSpec("item", 500, 8)]).finalize_()
+    path = tmp_path / f"t{suffix}"
+    given = (tables, "item", path) if export is dump_vectors else (tables, path)
+    with full_disk(), pytest.raises(ExportError, match=rf"t\{suffix} can't be written .*choose a folder"):
+        export(*given)
+    assert not any(tmp_path.iterdir())
