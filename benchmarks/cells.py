@@ -34,7 +34,7 @@ PLACES = (
 _WITHIN = (("training", "progress"), ("training", "seed"), ("strategy", "seed"))
 """The same one level deeper; the seeds are those of the cell."""
 
-_LATER = {("training", "plateau_patience"): 1}
+_LATER = {("training", "plateau_patience"): 1, ("model", "targets"): None}
 """Options that came when there were results already -> the value that means what was done before.
 
 With that value they are not part of the identity, so that those results stand."""
@@ -91,7 +91,7 @@ class Cell:
         for group, name in _WITHIN:
             values[group].pop(name, None)
         for (group, name), before in _LATER.items():
-            if values[group].get(name) == before:
+            if name in values[group] and values[group][name] == before:
                 del values[group][name]
         return {**values, "budget": self.budget}
 

@@ -159,7 +159,7 @@ def _twins(datasets: Sequence[dict[str, Any]]) -> str:
     rates = sorted({rate for dataset in datasets if (rate := dataset.get("metadata_twin_rate")) is not None})
     if not rates:
         return ""
-    told = " to ".join(f"{rate:.1%}".replace("%", " %") for rate in (rates[0], *rates[1:][-1:]))
+    told = " to ".join(f"{rate:.1%}".replace("%", " %") for rate in dict.fromkeys((rates[0], rates[-1])))
     return f", {told} of test targets with the same used attributes as another item"
 
 

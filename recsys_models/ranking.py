@@ -150,8 +150,8 @@ def metadata_bounds(
     group, cases = log.catalogue.twin_groups(attributes), log.test
     worst = np.bincount(group)[group[cases.targets]] - 1
     if log.filters_seen:
-        for case in np.flatnonzero(worst):
-            prefix, target = cases[int(case)]
+        for case in np.flatnonzero(worst).tolist():
+            prefix, target = cases[case]
             worst[case] -= len(set(prefix[group[prefix] == group[target]].tolist()) - {target})
     return ranking_metrics(worst, cutoffs, best=np.zeros_like(worst))
 

@@ -20,8 +20,9 @@ class Versus:
     """What a contestant is compared with.
 
     Attributes:
-        peers: names of contestants; the one with the smallest median counts.
-        limit: the largest ratio of time to that of the peer that is wanted; None where none is.
+        peers: names of contestants; the one with the smallest median counts. Empty where its own median is judged.
+        limit: the largest ratio of time to that of the peer that is wanted, or the largest median, in its unit, where
+            there is none; None where nothing is wanted.
     """
 
     peers: tuple[str, ...]
@@ -63,8 +64,8 @@ class Row:
         gigabytes_per_second: that many bytes over the median time.
         peer: what ``ratio`` compares with.
         ratio: median over the rounds of its time over the peer's in the same round.
-        limit: the largest ratio wanted.
-        met: whether ``ratio`` is within ``limit``; None where there is no limit, or nothing to compare.
+        limit: the largest ratio wanted; where there is no peer, the largest median.
+        met: whether that is within ``limit``; None where there is no limit, or nothing to compare.
         note: for the reader.
     """
 
@@ -136,6 +137,9 @@ def _plain_row(section: str, case: str, one: Contestant, own: Seconds | None, un
 
 
 def _compared(row: Row, versus: Versus, seconds: Mapping[str, Seconds]) -> Row:
+    if not versus.peers:
+        met = None if row.median is None or versus.limit is None else row.median <= versus.limit
+        return _replace(row, limit=versus.limit, met=met)
     there = [peer for peer in versus.peers if peer in seconds]
     if row.name not in seconds or not there:
         why = row.note or f"to compare with: {NOT_INSTALLED}"

@@ -30,19 +30,15 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """Say how many of the wanted ratios were met, and which were not."""
+    """Say how many of the goals were met, and which were not."""
     judged = [row for row in rows if row.met is not None]
-    missed = [
-        f"  {row.case}: {row.name}: {row.ratio:.2f} of {row.peer}, wanted {_wanted(row)}"
-        for row in judged
-        if not row.met
-    ]
+    missed = [f"  {row.case}: {row.name}: {_judged(row)}, wanted {_wanted(row)}" for row in judged if not row.met]
     open_ones = sum(row.limit is not None and row.met is None for row in rows)
-    lines = [f"{len(judged) - len(missed)} of {len(judged)} wanted ratios met"]
+    lines = [f"{len(judged) - len(missed)} of {len(judged)} goals met"]
     if missed:
         lines += ["missed:", *missed]
     if open_ones:
-        lines.append(f"{open_ones} not judged: what they compare with did not run")
+        lines.append(f"{open_ones} not judged: they, or what they compare with, did not run")
     return "\n".join(lines)
 
 
@@ -74,8 +70,14 @@ def _measured(row: Row) -> tuple[str, ...]:
     return _number(row.median, 2), _number(row.minimum, 2), row.unit, *moved
 
 
+def _judged(row: Row) -> str:
+    return f"{row.ratio:.2f} of {row.peer}" if row.peer else f"{_number(row.median, 2)} {row.unit}"
+
+
 def _wanted(row: Row) -> str:
-    return "" if row.limit is None else f"<= {row.limit:.2f}"
+    if row.limit is None:
+        return ""
+    return f"<= {row.limit:.2f}" + ("" if row.peer else f" {row.unit}")
 
 
 def _number(value: float | None, digits: int) -> str:

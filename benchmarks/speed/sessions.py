@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 RECBOLE, OURS, ALL_POSITIONS = "RecBole, last position", "sasrec, last position", "sasrec, every position"
 ITEMS, LENGTH, DIM, BATCH = 3400, 50, 64, 128
 LIMIT = 1.0
-MOST_SECONDS = 5
+MOST_SECONDS = 5.0
+"""Wanted of the evaluation, on two cores."""
 NETWORK: dict[str, Any] = {"blocks": 2, "heads": 2, "feedforward": 256, "dropout": 0.5, "activation": "gelu"}
 """RecBole's own settings, for both."""
 USERS, HISTORY, MOVIES = 6040, 165, 3416
@@ -104,8 +105,9 @@ def _evaluation(rounds: int, users: int) -> Iterator[Row]:
         logger.info("EMBCOMP_DATA names no folder with a folder ml-1m: made histories of its shape instead")
         name, cases, num_items = "made histories", _made_cases(users), MOVIES
     model = _sasrec(num_items, {})
-    note = f"wanted: below {MOST_SECONDS} s on two cores"
-    contestants = [Contestant("evaluate_cases", lambda turn: evaluate_cases(model, cases, True), note=note)]
+    wanted = (Versus((), MOST_SECONDS),)
+    ours = Contestant("evaluate_cases", lambda turn: evaluate_cases(model, cases, True), wanted, note="on two cores")
+    contestants = [ours]
     case = f"SASRec, {len(cases):,} cases of {name} among {num_items} items, length {LENGTH}, D={DIM}"
     yield from rows_of("sessions", case, contestants, take_turns(contestants, rounds), "s")
 

@@ -60,6 +60,11 @@ class Encoder(nn.Module, ABC):
         super().__init__()
         self.dim, self.max_length = dim, max_length
 
+    @property
+    def has_choice(self) -> bool:
+        """Whether it can learn from either: each position then has the query of the prefix that ends there."""
+        return False
+
     @abstractmethod
     def forward(self, sessions: Sessions) -> Tensor:
         """Queries: float32 ``(B, D)``."""
@@ -82,6 +87,11 @@ class CausalEncoder(Encoder):
     """Base of encoders whose positions know only what is before them, so that all of them are trained at once."""
 
     targets = "positions"
+
+    @property
+    def has_choice(self) -> bool:
+        """It can."""
+        return True
 
     @abstractmethod
     def hidden(self, sessions: Sessions) -> Tensor:

@@ -175,6 +175,11 @@ class M2TRec(Encoder):
         self.weight = nn.Linear(dim, 1) if pooling == "attention" else None
         self.query = nn.Linear(dim, dim)
 
+    @property
+    def has_choice(self) -> bool:
+        """Where positions see only what is before them."""
+        return self.causal
+
     def forward(self, sessions: Sessions) -> Tensor:
         """Queries: float32 ``(B, D)``."""
         mask = inside(sessions.lengths, sessions.items.shape[1])

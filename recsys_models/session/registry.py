@@ -48,6 +48,9 @@ class ModelConfig(ObjectiveConfig):
         bag_pooling: of bags of values, see `MetadataItems`.
         head: ``"tied"``: items are scored by the vectors that they are read with; ``"free"``: by a table of their own.
         max_length: items of a session that are read, the last ones.
+        targets: what is learned from: ``"positions"``, each of which predicts the item after it, in one pass, or
+            ``"prefixes"``, each a pass of its own whose next item is the only target; None for what the model's encoder
+            has. SASRec, GRU4Rec and causal M2TRec take either.
         windows: what is learned from longer sessions by models that learn from every position: the ``"last"`` items,
             or ``"all"``, window by window.
         categories: attribute -> weight of its loss, for those that are predicted along with the next item; None for
@@ -64,6 +67,7 @@ class ModelConfig(ObjectiveConfig):
     bag_pooling: str = "mean"
     head: str = "tied"
     max_length: int = 50
+    targets: str | None = None
     windows: str = "last"
     categories: dict[str, float] | None = None
     ssl_weight: float = 0.0
@@ -79,7 +83,11 @@ class ModelConfig(ObjectiveConfig):
         check_choice(self, "head", ("tied", "free"))
         check_choice(self, "bag_pooling", POOLINGS)
         check_choice(self, "ssl_masking", MASKINGS)
+        if self.targets is not None:
+            check_choice(self, "targets", ("positions", "prefixes"))
         check_choice(self, "windows", ("last", "all"))
+        if self.targets == "prefixes" and self.windows == "all":
+            raise ConfigError("windows='all' is of targets='positions': prefixes are all learned from anyway")
         check_at_least(self, "max_length", 1)
         check_at_least(self, "ssl_weight", 0)
         for name, weight in (self.categories or {}).items():
@@ -178,7 +186,7 @@ def build_session_model(name: str, tables: EmbeddingTables, catalogue: Catalogue
         items = ItemTable(tables)
     else:
         items = MetadataItems(tables, config.used(catalogue), config.items == "hybrid", config.bag_pooling)
-    encoder = ENCODERS[name](tables.embedding_dim, config.max_length, **of_encoder)
+    encoder = _encoder(name, tables.embedding_dim, config, of_encoder)
     objective = Objective(config, torch.from_numpy(catalogue.counts.copy()))
     head = ItemTable(tables, OUTPUT) if config.head == "free" else None
     categories = {_attribute(catalogue, name): weight for name, weight in (config.categories or {}).items()}
@@ -212,6 +220,19 @@ def _split(name: str, options: dict[str, Any]) -> tuple[ModelConfig, dict[str, A
     shared = {option.name for option in dataclasses.fields(ModelConfig)}
     config = ModelConfig(**{key: value for key, value in options.items() if key in shared}).completed(name)
     return config, {key: value for key, value in options.items() if key not in shared}
+
+
+def _encoder(name: str, dim: int, config: ModelConfig, options: dict[str, Any]) -> Encoder:
+    """Build an encoder, and tell it what to learn from."""
+    encoder = ENCODERS[name](dim, config.max_length, **options)
+    if config.targets not in (None, encoder.targets):
+        if not encoder.has_choice:
+            hint = ", or set causal=True" if isinstance(encoder, M2TRec) else ""
+            raise ConfigError(
+                f"targets={config.targets!r}, but {name} learns from {encoder.targets} alone: leave it out{hint}"
+            )
+        encoder.targets = str(config.targets)
+    return encoder
 
 
 def _attribute(catalogue: Catalogue, name: str) -> Attribute:

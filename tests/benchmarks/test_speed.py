@@ -15,6 +15,7 @@ from benchmarks.speed.lookups import STACKED, measure_lookups
 from benchmarks.speed.machine import Machine
 from benchmarks.speed.optembed import QUICK_AMOUNTS, Amounts, Training, measure_optembed
 from benchmarks.speed.scores import measure_scores
+from benchmarks.speed.sessions import measure_sessions
 from benchmarks.speed.setting import QUICK, Setting, zipf_ids
 from benchmarks.speed.training_steps import FBGEMM, FULL, HASH, TORCH, measure_steps
 from embcomp import build_tables, make_config
@@ -38,7 +39,8 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     for row in result["rows"]:
         assert row["name"] in printed
         assert row["median"] is None or 0 < row["minimum"] <= row["median"]
-        assert (row["met"] is None) == (row["limit"] is None or row["ratio"] is None)
+        judged = row["ratio"] if row["peer"] else row["median"]
+        assert (row["met"] is None) == (row["limit"] is None or judged is None)
     assert [*path.parent.iterdir()] == [path]
 
 
@@ -105,9 +107,34 @@ def test_the_table():
 
 def test_the_verdict():
     verdict = report.verdict(known_rows()).splitlines()
-    assert verdict[0] == "1 of 2 wanted ratios met"
+    assert verdict[0] == "1 of 2 goals met"
     assert verdict[2] == "  D=2: ours: 0.50 of slow, wanted <= 0.40"
     assert verdict[3].startswith("1 not judged")
+
+
+def test_a_median_can_be_judged_by_itself():
+    contestants = [Contestant("ranks", print, (Versus((), limit),)) for limit in (2.0, 1.9)]
+    contestants.append(Contestant("gone", versus=(Versus((), 1.0),)))
+    rows = rows_of("sessions", "V=3", contestants, {"ranks": np.array([1.0, 2.0, 4.0])}, "s")
+    assert [(row.peer, row.ratio, row.limit, row.met) for row in rows] == [
+        (None, None, 2.0, True),
+        (None, None, 1.9, False),
+        (None, None, 1.0, None),
+    ]
+    assert report.verdict(rows).splitlines() == [
+        "1 of 2 goals met",
+        "missed:",
+        "  V=3: ranks: 2.00 s, wanted <= 1.90 s",
+        "1 not judged: they, or what they compare with, did not run",
+    ]
+    assert "<= 2.00 s  met" in report.table(rows)
+
+
+def test_the_time_of_the_evaluation_is_judged(monkeypatch):
+    monkeypatch.delenv("EMBCOMP_DATA", raising=False)
+    (evaluation,) = (row for row in measure_sessions(1, 20) if row.name == "evaluate_cases")
+    assert (evaluation.unit, evaluation.peer, evaluation.limit) == ("s", None, 5.0)
+    assert evaluation.met == (evaluation.median <= 5.0)
 
 
 def test_the_file_holds_all_rows(tmp_path):

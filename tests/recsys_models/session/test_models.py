@@ -17,7 +17,15 @@ from recsys_models.data import NO_TARGET, SessionBatch
 from recsys_models.session import ENCODERS, used_attributes
 from recsys_models.session.encoders import Examples
 from recsys_models.session.prefix_encoders import first_places, transitions
-from tests.recsys_models.session.tiny import NAMES, NUM_ITEMS, attribute, log_with_unseen_items, tiny_log, tiny_model
+from tests.recsys_models.session.tiny import (
+    NAMES,
+    NUM_ITEMS,
+    attribute,
+    log_with_unseen_items,
+    sequences,
+    tiny_log,
+    tiny_model,
+)
 
 LOG = tiny_log()
 SESSIONS = [[3, 4, 3, 5], [7], [1, 2, 3, 4, 5, 6, 7], [9, 9, 9]]
@@ -314,6 +322,21 @@ def test_what_learns_from_every_position_can_learn_from_prefixes_too(name, optio
     torch.testing.assert_close(model.learn(model.prepare(batch)), model.queries(batch.items, batch.lengths))
 
 
+@pytest.mark.parametrize(("name", "options"), [("sasrec", {}), ("gru4rec", {}), ("m2trec", {"causal": True})])
+def test_a_prefix_has_the_same_query_whatever_is_learned_from(name, options):
+    whole, cut = (tiny_model(LOG, name, targets=targets, **options).eval() for targets in ("positions", "prefixes"))
+    assert (whole.encoder.targets, cut.encoder.targets) == ("positions", "prefixes")
+    assert tiny_model(LOG, name, **options).encoder.targets == "positions"
+    log = dataclasses.replace(LOG, train=sequences(*(session for session in LOG.train if 1 < len(session) <= 8)))
+    positions = next(iter(log.train.batches(len(log.train), 8)))
+    prefixes = next(iter(log.train.batches(10_000, 8, mode="prefixes")))
+    queries, examples = whole.learn(whole.prepare(positions)), cut.prepare(prefixes)
+    torch.testing.assert_close(cut.learn(examples), queries, rtol=1e-4, atol=1e-5)
+    assert torch.equal(examples.targets, positions.targets[positions.targets != NO_TARGET])
+    loss = whole.loss(whole.prepare(positions), queries)
+    torch.testing.assert_close(cut.loss(examples, cut.learn(examples)), loss)
+
+
 def test_categories_are_learned_along():
     plain = tiny_model(LOG, "m2trec").eval()
     model = tiny_model(LOG, "m2trec", categories={"kind": 0.5}).eval()
@@ -529,6 +552,11 @@ def test_a_temperature_divides_scores():
         ("m2trec", {"categories": {"kind": math.inf}}, "'kind': inf.*finite"),
         ("m2trec", {"bag_pooling": "sum"}, "bag_pooling='sum'"),
         ("m2trec", {"pooling": "max"}, "pooling='max'"),
+        ("sasrec", {"targets": "position"}, "targets='position'"),
+        ("narm", {"targets": "positions"}, "narm learns from prefixes alone: leave it out$"),
+        ("bert4rec", {"targets": "prefixes"}, "bert4rec learns from positions alone"),
+        ("m2trec", {"targets": "positions"}, "m2trec learns from prefixes alone: leave it out, or set causal=True"),
+        ("sasrec", {"targets": "prefixes", "windows": "all"}, "windows='all'"),
     ],
 )
 def test_wrong_options(name, options, message):

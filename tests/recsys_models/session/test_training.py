@@ -108,6 +108,17 @@ def test_windows_train_on_all_of_a_long_session():
         assert sum(int((e.targets >= 0).sum()) for e in seen) == 8 * targets
 
 
+def test_what_is_learned_from_can_be_chosen():
+    log = dataclasses.replace(LOG, train=sequences([1, 2, 3, 4], [5, 6, 7]))
+    for targets, sessions in (("positions", 2), ("prefixes", 5)):
+        model = tiny_model(log, targets=targets)
+        seen = []
+        model.learn = lambda examples, m=model, s=seen: s.append(examples) or type(m).learn(m, examples)
+        fit(model, log, config(epochs=1, eval_steps=None))
+        assert [len(examples.items) for examples in seen] == [sessions]
+        assert sum(int((examples.targets >= 0).sum()) for examples in seen) == 5
+
+
 @pytest.mark.parametrize("loss", ["softmax", "binary"])
 @pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in NAMES), ("m2trec", {"causal": True})])
 def test_validation_cases_are_learned_from_as_they_are(name, options, loss):
