@@ -53,6 +53,9 @@ class BagLookup(nn.Module):
 
     def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
         """Look up and pool; offsets are where bags begin, the first at 0."""
+        bounds = torch.cat([offsets, torch.full((1,), ids.shape[0], device=ids.device)])
+        ordered = (bounds[0] == 0) & (bounds[1:] >= bounds[:-1]).all()
+        torch._assert_async(ordered, "offsets must begin with 0, never fall, and end within the ids")
         vectors = self.tables(ids, self.table)
         starts = torch.zeros(ids.shape[0] + 1, dtype=torch.int64, device=ids.device)
         bag = starts.index_add(0, offsets, torch.ones_like(offsets)).cumsum(0)[:-1] - 1

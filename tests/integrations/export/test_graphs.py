@@ -57,6 +57,9 @@ def test_bags(mode, tmp_path):
         wanted = tables.bag(ids, torch.tensor(offsets), "item", mode=mode)
         torch.testing.assert_close(lookup(ids, torch.tensor(offsets)), wanted, rtol=0, atol=1e-6)
     assert lookup(ids[:0], torch.tensor([0, 0])).tolist() == [[0.0] * 6] * 2
+    for offsets in ([1, 3], [0, 4, 2], [0, 8], [-1, 2]):  # the second gave other sums
+        with pytest.raises(RuntimeError, match="offsets must begin with 0, never fall"):
+            lookup(ids, torch.tensor(offsets))
 
 
 def test_whole_models(tmp_path):
