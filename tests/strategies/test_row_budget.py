@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from embcomp import TableSpec
@@ -171,6 +171,7 @@ def test_shrunk_widths_fit_with_all_wanted_rows_or_are_all_ones(case, seed):
 
 
 @settings(deadline=None, max_examples=100)
+@example(case=Case([[1.0, 1.0]], [1], share=0.97, projection="linear"), seed=0, constraint="prune")
 @given(
     case=cases(300, projections=("none", "linear")),
     seed=st.integers(0, 2**32 - 1),
@@ -181,7 +182,8 @@ def test_widths_that_leave_some_of_the_budget_get_wider_until_it_is_used_up(case
     whole, limit = [[True] * size for size in case.sizes], case.config.limit_bytes
     had_room = case.bytes_of(whole) <= limit
     if found is None or not had_room:
-        assert constraint != "prune" or found == case.widths
+        # Narrow rows of few ids may take more than whole ones, as they need a matrix.
+        assert constraint != "prune" or found == case.widths or case.bytes_of(whole, found) <= limit
         return
     assert all(before <= width <= DIM for width, before in zip(found, case.widths, strict=True))
     takes = case.bytes_of(whole, found)

@@ -58,7 +58,7 @@ def test_a_file_that_was_cut_off_is_an_error(path, tmp_path, cache):
 def test_a_catalogue_of_one_item_loads(path, tmp_path, cache, text):
     path.write_text(text)
     data = load_sessions("sasrec_text", tmp_path, cache)
-    assert (data.catalogue.num_items, data.catalogue.num_seen, data.catalogue.twins.tolist()) == (1, 1, [False])
+    assert (data.catalogue.num_items, data.catalogue.num_seen, data.catalogue.twin_groups().tolist()) == (1, 1, [0])
     assert [batch.targets.tolist() for batch in data.test.batches(4, 2)] == [[0]]
 
 
