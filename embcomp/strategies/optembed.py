@@ -40,8 +40,8 @@ class OptEmbedConfig(PrunedConfig):
         threshold_per_id: a threshold for every id instead of every table. ``Σ exp(−t)`` is then a mean over the ids of
             each table, so that ``alpha`` means the same.
         threshold_lr: learning rate of the thresholds' SGD.
-        alpha: weight of ``Σ exp(−t)``, which pushes thresholds up. With the defaults of
-            both they hardly move, and next to nothing is pruned without a budget: raise them for that.
+        alpha: weight of ``Σ exp(−t)``, which pushes thresholds up. With the defaults of both
+            they hardly move, and next to nothing is pruned without a budget: raise them for that.
         decay: share by which a row shrinks whenever it is looked up in the supernet. It is decoupled from the loss and
             from the optimizer, and touches no row that is not used, so that a norm tells how much a row is needed,
             not how long ago it was seen.

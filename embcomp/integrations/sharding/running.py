@@ -67,6 +67,12 @@ def distribute(
             "there is no process group: start the script by torchrun, and call torch.distributed.init_process_group "
             "('gloo', or 'nccl' on GPUs) first"
         )
+    device = torch.device(device)
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        raise ConfigError(
+            f"device={str(device)!r}, but the current one is cuda:{torch.cuda.current_device()}, where processes would "
+            "meet: call torch.cuda.set_device first, before the process group is made"
+        )
     group = group or dist.group.WORLD
     assert group is not None
     wanted = wanted_shardings(model, sharding, group.size())
@@ -78,12 +84,6 @@ def distribute(
             if optimizer == "rowwise_adagrad":  # whose mean of squares is over the columns that fill rows up too
                 rate *= (rows.dim / rows.width) ** 0.5
             _apply_optimizer_in_backward(OPTIMIZERS[optimizer], rows.parameters(), {"lr": rate, **options})
-    device = torch.device(device)
-    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
-        raise ConfigError(
-            f"device={str(device)!r}, but the current one is cuda:{torch.cuda.current_device()}, where processes would "
-            "meet: call torch.cuda.set_device first, before the process group is made"
-        )
     planner = make_planner(wanted, group.size(), _local_world_size(group), device.type)
     sharders: list[Any] = [EmbeddingCollectionSharder()]
     plan = planner.collective_plan(model, sharders, group)
