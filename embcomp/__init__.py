@@ -21,6 +21,7 @@ from embcomp.errors import (
     NoMatchingTableError,
     SpecError,
     UnseenIdError,
+    WriteError,
 )
 from embcomp.growth import resize_
 from embcomp.io import from_pretrained, load_pretrained_, load_tables, save_pretrained
@@ -57,6 +58,7 @@ __all__ = [
     "TableSpec",
     "TiedLinear",
     "UnseenIdError",
+    "WriteError",
     "build_tables",
     "compress_",
     "config_from_dict",

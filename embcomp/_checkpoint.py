@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from embcomp.errors import IncompatibleStateError
+from embcomp.errors import IncompatibleStateError, WriteError
 
 CONFIG = "embcomp_config.json"
 FORMAT = "embcomp"
@@ -57,12 +58,15 @@ def write_checkpoint(folder: Path, content: Mapping[str, Any], tensors: Mapping[
     """Write weights, then the config that names them, then the card.
 
     The config's replacement is the one moment at which the old checkpoint becomes the new one.
+
+    Raises:
+        WriteError: if a file can't be written; the older checkpoint is there then, or the new one, whole.
     """
     from embcomp import __version__
 
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(dict(tensors), temporary, metadata={"format": "pt"})
         sync(temporary)
         digest, size = _digest(temporary), temporary.stat().st_size
@@ -76,8 +80,11 @@ def write_checkpoint(folder: Path, content: Mapping[str, Any], tensors: Mapping[
         _replace_text(folder / CONFIG, text + "\n", temporary)
         _write_card(folder / "README.md", card, temporary)
         _remove_older(folder, weights.name, older)
+    except (OSError, SafetensorError) as error:
+        raise WriteError(f"{folder} can't be written ({error}): make room, or choose a folder that can") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where there is no folder, there is none to remove it from
+            temporary.unlink()
     return folder
 
 

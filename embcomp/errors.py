@@ -46,6 +46,10 @@ class IncompatibleStateError(EmbcompError, RuntimeError):
     """A checkpoint is corrupt, truncated, foreign, or of another strategy or shape."""
 
 
+class WriteError(EmbcompError, OSError):
+    """A checkpoint can't be written: a full disk, no rights, or a file where its folder should be."""
+
+
 class ExportError(EmbcompError, ValueError):
     """A model, or its tables, can't be exported to what was asked for, or not to that file."""
 

@@ -46,6 +46,7 @@ def save_pretrained(module: nn.Module | Compression, folder: str | Path) -> Path
         NoMatchingTableError: if there are no compressed tables in the model.
         IncompatibleStateError: if something in the state is no tensor with values, so that it can't be saved, or rows
             lie in several processes.
+        WriteError: if the folder can't be written to; it has the older checkpoint then, or the new one, whole.
     """
     model = module.model if isinstance(module, Compression) else module
     if any(tables.is_sharded for tables in find_groups(model).values()):

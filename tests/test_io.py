@@ -266,6 +266,19 @@ class TestFolder:
         assert not list(tmp_path.glob(f"{_checkpoint.TEMPORARY}*"))
         assert done == (step >= 14)
 
+    def test_a_full_disk_is_an_error_that_names_the_folder_and_leaves_the_old(self, tmp_path, full_disk):
+        old = tables()
+        embcomp.save_pretrained(old, tmp_path)
+        with full_disk(), pytest.raises(embcomp.WriteError, match=r"can't be written .*make room") as raised:
+            embcomp.save_pretrained(tables(budget="20%"), tmp_path)
+        assert str(tmp_path) in str(raised.value)
+        assert isinstance(raised.value, OSError)
+        assert same(embcomp.from_pretrained(tmp_path), old)
+        assert not list(tmp_path.glob(f"{_checkpoint.TEMPORARY}*"))
+        (tmp_path / "file").touch()
+        with pytest.raises(embcomp.WriteError, match="can't be written"):
+            embcomp.save_pretrained(old, tmp_path / "file" / "folder")
+
     @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
     def test_a_killed_process_leaves_a_whole_checkpoint(self, tmp_path):
         code = """

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from embcomp._checkpoint import CONFIG, get, read_checkpoint
 from embcomp._restore import saved_groups
 from embcomp.budget import Plan
@@ -17,10 +19,12 @@ from embcomp.facts import can_be_sharded, row_formats, rows_read
 from embcomp.memory import format_bytes, sum_reports
 from embcomp.planning import plan_groups
 from embcomp.reporting import format_rows, table_rows
+from embcomp.sites import find_groups
 from embcomp.specs import TableSpec
 
 Found = dict[str, Any]
 OPTIMIZERS = ("adam", "rowwise_adagrad")
+_OF_PLANS = ("serve_bytes", "rows_read", "train_bytes", "bytes_per_rank")
 
 
 def strategies() -> Found:
@@ -50,7 +54,9 @@ def strategies_text(found: Found) -> str:
     return _aligned([head, *lines])
 
 
-def plan_tables(source: Path, budgets: Sequence[str], names: Sequence[str], dim: int | None) -> Found:
+def plan_tables(
+    source: Path, budgets: Sequence[str], names: Sequence[str], dim: int | None, processes: int | None = None
+) -> Found:
     """Plan the tables of a file with several strategies side by side; nothing is allocated.
 
     Args:
@@ -58,12 +64,13 @@ def plan_tables(source: Path, budgets: Sequence[str], names: Sequence[str], dim:
         budgets: asked for.
         names: of strategies; none for all.
         dim: D of tables of which the file does not say it.
+        processes: that the rows are to be trained in; None where they are not sharded.
     """
     specs = read_specs(source, dim)
     groups: dict[int, list[TableSpec]] = {}
     for spec in specs:
         groups.setdefault(spec.embedding_dim, []).append(spec)
-    rows = [_planned(name, list(groups.values()), budgets) for name in names or list_strategies()]
+    rows = [_planned(name, list(groups.values()), budgets, processes) for name in names or list_strategies()]
     return {
         "source": str(source),
         "tables": [
@@ -71,6 +78,7 @@ def plan_tables(source: Path, budgets: Sequence[str], names: Sequence[str], dim:
             for spec in specs
         ],
         "float32_bytes": sum(spec.full_bytes for spec in specs),
+        "processes": processes,
         "strategies": rows,
     }
 
@@ -79,17 +87,20 @@ def plan_text(found: Found) -> str:
     """Of `plan_tables`."""
     full = found["float32_bytes"]
     head = ["strategy", "smallest", "budget", "to serve", "of float32", "rows read", "train: Adam", "row-wise Adagrad"]
+    if found["processes"] is not None:
+        head.append(f"weights in each of {found['processes']}")
     lines: list[Sequence[str]] = [head]
     for row in found["strategies"]:
         for number, own in enumerate(row["budgets"]):
             names = (row["strategy"], format_bytes(row["smallest_bytes"])) if number == 0 else ("", "")
             if own["serve_bytes"] is None:
-                lines.append([*names, own["budget"], "too small", "", "", "", ""])
+                lines.append([*names, own["budget"], "too small", *[""] * (len(head) - 4)])
                 continue
             train = [format_bytes(own["train_bytes"][name]) for name in OPTIMIZERS]
             share = f"{own['serve_bytes'] / full:.2%}"
             read = "/".join(map(str, own["rows_read"]))
-            lines.append([*names, own["budget"], format_bytes(own["serve_bytes"]), share, read, *train])
+            ranks = [] if found["processes"] is None else [_span(own["bytes_per_rank"])]
+            lines.append([*names, own["budget"], format_bytes(own["serve_bytes"]), share, read, *train, *ranks])
     number = len(found["tables"])
     return f"{number} tables of {found['source']}, {format_bytes(full)} as float32\n\n{_aligned(lines)}"
 
@@ -150,7 +161,7 @@ def inspect_text(found: Found) -> str:
 # ---- inside ---------------------------------------------------------------------------------------------------------
 
 
-def _planned(name: str, groups: Sequence[Sequence[TableSpec]], budgets: Sequence[str]) -> Found:
+def _planned(name: str, groups: Sequence[Sequence[TableSpec]], budgets: Sequence[str], processes: int | None) -> Found:
     config = make_config(name)
     wanted = [(specs, config) for specs in groups]
     try:
@@ -162,11 +173,13 @@ def _planned(name: str, groups: Sequence[Sequence[TableSpec]], budgets: Sequence
     found: list[Found] = []
     for budget in budgets:
         try:
-            found.append(_at_budget(budget, plan_groups(wanted, budget)))
+            plans = plan_groups(wanted, budget)
+            ranks = None if processes is None else _bytes_per_rank(plans, processes)
+            found.append(_at_budget(budget, plans) | {"bytes_per_rank": ranks})
         except BudgetError as error:
             if error.minimum_bytes is None:
                 raise
-            found.append({"budget": budget, "serve_bytes": None, "rows_read": None, "train_bytes": None})
+            found.append({"budget": budget} | dict.fromkeys(_OF_PLANS))
     return {"strategy": name, "smallest_bytes": smallest, "budgets": found}
 
 
@@ -178,6 +191,24 @@ def _at_budget(budget: str, plans: Sequence[Plan]) -> Found:
         "rows_read": [rows_read(plan) for plan in plans],
         "train_bytes": {name: sum(report.train_bytes(name) for report in reports) for name in OPTIMIZERS},
     }
+
+
+def _bytes_per_rank(plans: Sequence[Plan], processes: int) -> list[int] | None:
+    """Bytes of weights in each process, by TorchRec's planner; None if rows of the strategy can't be sharded."""
+    from embcomp.integrations.sharding import plan_sharding
+
+    groups = nn.ModuleList(plan.build("meta") for plan in plans)
+    if not all(tables.can_be_sharded for tables in find_groups(groups).values()):
+        return None
+    return plan_sharding(groups, processes).bytes_per_rank
+
+
+def _span(ranks: Sequence[int] | None) -> str:
+    """Of bytes per rank, the least and the most."""
+    if ranks is None:
+        return "can't be sharded"
+    least, most = format_bytes(min(ranks)), format_bytes(max(ranks))
+    return least if least == most else f"{least} to {most}"
 
 
 def _told(config: Mapping[str, Any]) -> Found:

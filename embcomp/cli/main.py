@@ -39,7 +39,8 @@ _Answer = tuple[commands.Found, Callable[[commands.Found], str]]
 def _plan(given: argparse.Namespace) -> _Answer:
     for name in given.strategy:
         get_strategy(name)
-    return commands.plan_tables(given.tables, given.budget, given.strategy, given.dim), commands.plan_text
+    found = commands.plan_tables(given.tables, given.budget, given.strategy, given.dim, given.processes)
+    return found, commands.plan_text
 
 
 def _inspect(given: argparse.Namespace) -> _Answer:
@@ -68,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--budget", nargs="+", default=["10%"], help="such as 10%% 64MiB 20x; default: 10%%")
     plan.add_argument("--strategy", nargs="+", default=[], metavar="NAME", help="default: all")
     plan.add_argument("--dim", type=int, help="dimension of tables of which TABLES does not say it")
+    plan.add_argument(
+        "--processes", type=int, metavar="N", help="say also what each of N processes holds where rows are sharded"
+    )
     plan.set_defaults(run=_plan)
 
     smaller = parts.add_parser("compress", help="trained tables from a file into a checkpoint that serves")

@@ -233,7 +233,9 @@ class OptEmbedTables(PrunedTables):
             plain, importance = vectors.detach(), self.importance
 
             def add(gradient: Tensor) -> None:
-                importance.index_add_(0, rows.reshape(-1), (gradient * plain).sum(-1).abs().reshape(-1).float())
+                worth = (gradient * plain).sum(-1).abs().reshape(-1).float()
+                worth = worth.where(worth.isfinite().all(), torch.zeros_like(worth))  # a step that scaled losses skip
+                importance.index_add_(0, rows.reshape(-1), worth)
 
             vectors.register_hook(add)
 

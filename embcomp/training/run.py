@@ -196,15 +196,20 @@ class Phases:
             tables.set_pass_(passes[0])
         return torch.stack(losses).mean()
 
-    def step_(self, *optimizers: torch.optim.Optimizer) -> None:
+    def step_(self, *optimizers: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None) -> None:
         """After the loop's optimizers: the step of architecture parameters, and what strategies do after one.
 
         Args:
             optimizers: the loop's; of rows that went to other ids they remember nothing afterwards. Strategies other
                 than ``dynamic`` need none.
+            scaler: by which the loss was scaled, if it was, before its ``update``: architecture parameters learn from
+                gradients as they are without it, and not at all where those overflow.
         """
         if self._optimizer is not None and not self.phase.bilevel:
-            self._optimizer.step()
+            if scaler is None or not any(p.grad is not None for p in self._own["architecture"]):
+                self._optimizer.step()
+            else:
+                scaler.step(self._optimizer)
             self._optimizer.zero_grad(set_to_none=True)
         step_tables_(self.groups, *optimizers)
 
@@ -217,7 +222,8 @@ class Phases:
         try:
             for p in others:
                 p.requires_grad_(False)
-            self.loss(predict, loss).backward()
+            with unmoved(self.model):  # statistics are those of training batches
+                self.loss(predict, loss).backward()
         finally:
             for p in others:
                 p.requires_grad_(True)

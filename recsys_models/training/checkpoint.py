@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from embcomp._checkpoint import digest_of, sync
-from embcomp.errors import IncompatibleStateError
+from embcomp.errors import IncompatibleStateError, WriteError
 
 FILE_NAME = "checkpoint.safetensors"
 VERSION = 1
@@ -28,14 +28,23 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: Mapping[st
         path: of the file; its folder is created.
         tensors: by name, on any device.
         info: JSON values.
+
+    Raises:
+        WriteError: if it can't be written; the old one is whole then.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     copies, text = {name: to_cpu(tensor) for name, tensor in tensors.items()}, json.dumps(info)
-    save_file(copies, temporary, {"version": str(VERSION), "info": text, "sha256": _digest(copies, text)})
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(copies, temporary, {"version": str(VERSION), "info": text, "sha256": _digest(copies, text)})
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise WriteError(
+            f"{path} can't be written ({error}): make room, or give another checkpoint_dir; training goes on from the "
+            "last one that was"
+        ) from error
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -88,6 +88,26 @@ def test_plan_knows_all_strategies(tmp_path, capsys):
             assert own["serve_bytes"] is None or row["smallest_bytes"] <= own["serve_bytes"] <= 9600
 
 
+@pytest.mark.torchrec
+def test_plan_says_what_each_process_holds(tmp_path, capsys):
+    pytest.importorskip("torchrec", reason="needs torchrec")
+    path = write(tmp_path, "t.yaml", SOURCES["t.yaml"])
+    wanted = ("plan", path, "--budget", "20%", "1B", "--strategy", "hash", "dynamic", "--processes", "3")
+    code, text, _ = run(capsys, *wanted)
+    assert code == 0
+    assert "weights in each of 3" in text
+    assert "can't be sharded" in text
+    hashed, dynamic = json.loads(run(capsys, *wanted, "--json")[1])["strategies"]
+    ranks = hashed["budgets"][0]["bytes_per_rank"]
+    assert len(ranks) == 3
+    assert hashed["budgets"][0]["serve_bytes"] <= sum(ranks) <= 1.3 * hashed["budgets"][0]["serve_bytes"]
+    assert dynamic["budgets"][0]["bytes_per_rank"] is None
+    assert hashed["budgets"][1]["bytes_per_rank"] is None
+    code, text, error = run(capsys, "plan", path, "--processes", "-1")
+    assert (code, text) == (2, "")
+    assert "world_size=-1" in error
+
+
 @pytest.fixture
 def saved(tmp_path):
     model = nn.ModuleDict({"user": nn.Embedding(1000, 8), "out": nn.Linear(8, 1)})

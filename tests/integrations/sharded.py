@@ -102,8 +102,8 @@ def answers(model):
 def train_and_save(rank, world_size, folders):
     found = []
     part = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
-    for case, folder in folders.items():
-        model = sharding.distribute(model_of(case, 6), "rowwise_adagrad", RATE, "row_wise")
+    for (case, kind), folder in folders.items():
+        model = sharding.distribute(model_of(case, 6), "rowwise_adagrad", RATE, kind)
         losses_of(model, optimizers_of(model, list(sharding.dense_parameters(model)), "sgd"), part, 3)
         sharding.save_sharded(model, folder)
         found.append(answers(model))
@@ -114,7 +114,7 @@ def load_and_answer(rank, world_size, folders):
     """Answers to all, to other numbers of rows in each process, and to no row in the second."""
     found = []
     part = slice(rank * 3, rank * 3 + 1 + 2 * rank)
-    for case, folder in folders.items():
+    for (case, _), folder in folders.items():
         model = model_of(case, 6)
         embcomp.load_pretrained_(model, folder, verbose=False)
         model = sharding.distribute(model, "sgd", RATE, "table_wise")

@@ -12,6 +12,7 @@ from tests.integrations.workers import outcomes, run_workers
 pytest.importorskip("torchrec", reason="needs torchrec")
 
 from embcomp.integrations import sharding
+from embcomp.integrations.sharding.plans import local_processes
 from tests.integrations.sharded import (
     CASES,
     alone,
@@ -59,10 +60,11 @@ def test_what_cannot_be_sharded_says_so_by_name():
 
 
 def test_what_four_processes_save_one_and_two_go_on_with(tmp_path):
-    folders = {case: tmp_path / case for case in ("low_rank", "full, int4")}
+    plans = [("low_rank", "row_wise"), *(("full, int4", kind) for kind in KINDS if kind)]
+    folders = {plan: tmp_path / " ".join(plan) for plan in plans}
     saved = run_workers(train_and_save, 4, folders)[0]
     loaded = run_workers(load_and_answer, 2, folders)
-    for (case, folder), wanted, first, second in zip(folders.items(), saved, *loaded, strict=True):
+    for ((case, _), folder), wanted, first, second in zip(folders.items(), saved, *loaded, strict=True):
         model = model_of(case, 6)
         assert answers(model) != pytest.approx(wanted, abs=1e-3)
         embcomp.load_pretrained_(model, folder, verbose=False)
@@ -142,6 +144,15 @@ def test_wrong_ways_of_sharding(sharding_of, message):
 def test_numbers_of_processes_that_do_not_go_together(world_size, local):
     with pytest.raises(ConfigError, match=f"world_size={world_size} .* must divide it"):
         sharding.plan_sharding(model_of("hash", 6), world_size, local_world_size=local)
+
+
+@pytest.mark.parametrize(("world_size", "told", "wanted"), [(4, "2", 2), (4, "8", 4), (6, "4", 2), (3, None, 3)])
+def test_processes_on_a_machine_are_what_torchrun_says_or_divide_the_group(monkeypatch, world_size, told, wanted):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if told is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", told)
+    assert local_processes(world_size) == wanted
+    assert len(sharding.plan_sharding(model_of("hash", 6), world_size).bytes_per_rank) == world_size
 
 
 def test_a_number_of_processes_that_does_not_divide_the_rows():

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 
 from embcomp import DynamicConfig, QuantizeConfig
-from embcomp.errors import ConfigError, IncompatibleStateError, InputError
+from embcomp.errors import ConfigError, IncompatibleStateError, InputError, WriteError
 from recsys_models.errors import TrainingError
 from recsys_models.metrics import Metrics, evaluate
 from recsys_models.training import Callback, TrainingConfig, checkpoint, fit, make_optimizers, parameter_groups
@@ -426,6 +426,17 @@ def test_foreign_and_damaged_checkpoints(tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(IncompatibleStateError, match="delete it to start anew"):
             fit(seeded(data), data, CONFIG, **resumed)
+
+
+def test_a_full_disk_is_an_error_that_names_the_checkpoint_and_leaves_the_last(tmp_path, full_disk):
+    file, tensors = tmp_path / "checkpoint.safetensors", {"weight": torch.ones(100)}
+    checkpoint.write_checkpoint(file, tensors, {"epoch": 1})
+    with (
+        full_disk(),
+        pytest.raises(WriteError, match=r"safetensors can't be written .*another checkpoint_dir"),
+    ):
+        checkpoint.write_checkpoint(file, tensors, {"epoch": 2})
+    assert checkpoint.read_checkpoint(file)[1] == {"epoch": 1}
 
 
 def test_bug_a_checkpoint_with_a_flipped_bit_is_refused_or_has_the_right_values(tmp_path):

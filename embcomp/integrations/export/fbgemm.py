@@ -7,22 +7,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from embcomp._checkpoint import SEAL, digest_of, get, sealed
-from embcomp.config import UNSEEN_POLICIES, strategy_of
-from embcomp.errors import ExportError, IncompatibleStateError, SpecError, did_you_mean
+from embcomp._checkpoint import digest_of, sealed
+from embcomp.config import strategy_of
+from embcomp.errors import ExportError
+from embcomp.integrations.export.fbgemm_file import (
+    BITS,
+    DIGEST,
+    FLOATS,
+    FORMAT,
+    FORMAT_VERSION,
+    QuantizedTable,
+    read_tables,
+)
 from embcomp.integrations.export.files import Exported, whole_file
 from embcomp.integrations.export.subjects import check_final
 from embcomp.mixed import MixedTables
-from embcomp.specs import TableSpec
 from embcomp.storage import packing
 from embcomp.storage.dense import DenseRows
 from embcomp.storage.packed import PackedRows
@@ -30,31 +37,6 @@ from embcomp.tables import CHUNK, EmbeddingTables
 
 if TYPE_CHECKING:
     from embcomp.integrations.export.quantized import QuantizedTables
-
-FORMAT, FORMAT_VERSION = "embcomp-fbgemm", 1
-_FLOATS = {torch.float32: "FP32", torch.float16: "FP16"}
-_BITS = (8, 4, 2)
-_DIGEST = "tensors_sha256"
-"""The key of the digest of all tensors; older files have none."""
-
-
-@dataclass(frozen=True)
-class QuantizedTable:
-    """What FBGEMM is told of a table.
-
-    Attributes:
-        name: of the table.
-        num_embeddings: V; there is one row more, for unseen ids, where the policy needs it.
-        embedding_dim: D.
-        data_type: ``"INT8"``, ``"INT4"``, ``"INT2"``, ``"FP16"`` or ``"FP32"``.
-        padding_idx: whose row is zero.
-    """
-
-    name: str
-    num_embeddings: int
-    embedding_dim: int
-    data_type: str
-    padding_idx: int | None
 
 
 def export_fbgemm(
@@ -97,7 +79,7 @@ def export_fbgemm(
         "unseen": tables.config.unseen,
         "seed": tables.config.seed,
         "tables": [asdict(one) for one in described],
-        _DIGEST: digest_of(state),
+        DIGEST: digest_of(state),
     }
     with whole_file(path, ".safetensors", overwrite) as unfinished:
         safetensors.torch.save_file(state, unfinished, metadata={"format": "pt", FORMAT: json.dumps(sealed(content))})
@@ -132,96 +114,17 @@ def load_fbgemm(
     """
     from embcomp.integrations.export.quantized import QuantizedTables
 
-    path = Path(path)
-    content, state = _read(path)
-    unseen, seed = get(content, "unseen", str, path), get(content, "seed", int, path)
-    if unseen not in UNSEEN_POLICIES:
-        raise IncompatibleStateError(f"{path}: unseen={unseen!r}; {did_you_mean(unseen, UNSEEN_POLICIES)}")
-    tables = [_described(one, state, unseen, path) for one in get(content, "tables", list, path)]
-    names = [table.name for table in tables]
-    if not names or len(set(names)) < len(names):
-        raise IncompatibleStateError(f"{path}: 'tables' must be at least one, of different names; found {names}")
+    content, tables, state = read_tables(Path(path))
+    unseen, seed = content["unseen"], content["seed"]
     return QuantizedTables(tables, state, unseen, seed, features, pooling, is_weighted, torch.device(device))
-
-
-def _described(content: Any, state: Mapping[str, Tensor], unseen: str, path: Path) -> QuantizedTable:
-    names = [field.name for field in fields(QuantizedTable)]
-    if not isinstance(content, dict) or sorted(content) != sorted(names):
-        raise IncompatibleStateError(f"{path}: a table is described by {', '.join(names)}, found {content!r}")
-    table = QuantizedTable(**content)
-    try:
-        TableSpec(table.name, table.num_embeddings, table.embedding_dim, table.padding_idx)
-    except SpecError as error:
-        raise IncompatibleStateError(f"{path} is corrupt: {error}") from error
-    for part, (dtype, shape) in _tensors_of(table, unseen, path).items():
-        tensor = state.get(f"{table.name}.{part}")
-        if tensor is None:
-            raise IncompatibleStateError(f"{path} lacks {table.name}.{part}, so it is corrupt")
-        if tensor.dtype != dtype or tensor.shape != shape:
-            raise IncompatibleStateError(
-                f"{path} is corrupt: {table.name}.{part} is {tensor.dtype} {tuple(tensor.shape)}, and "
-                f"{table.data_type} rows of V={table.num_embeddings}, D={table.embedding_dim} with unseen={unseen!r} "
-                f"need {dtype} {shape}"
-            )
-    return table
-
-
-def _tensors_of(table: QuantizedTable, unseen: str, path: Path) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
-    """Dtypes and shapes of a table's tensors, by what follows its name."""
-    floats = {name: dtype for dtype, name in _FLOATS.items()}
-    packed = {f"INT{bits}": bits for bits in _BITS}
-    rows, dim = table.num_embeddings + has_row_for_unseen(unseen), table.embedding_dim
-    data_type = str(table.data_type)
-    if data_type in floats:
-        return {"rows": (floats[data_type], (rows, dim))}
-    if data_type not in packed:
-        raise IncompatibleStateError(
-            f"{path}: table {table.name!r} has data_type={table.data_type!r}; "
-            f"{did_you_mean(data_type, [*floats, *packed])}"
-        )
-    if dim * packed[data_type] % 8:
-        raise IncompatibleStateError(f"{path} is corrupt: {data_type} rows of D={dim} do not fill whole bytes")
-    return {
-        "codes": (torch.uint8, (rows, dim * packed[data_type] // 8)),
-        "scale_bias": (torch.float16, (rows, 2)),
-    }
-
-
-def has_row_for_unseen(unseen: str) -> bool:
-    """Whether tables of a policy have a row behind their own."""
-    return unseen in ("zero", "oov_row")
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(FORMAT)
-        state = safetensors.torch.load_file(path)
-        content = json.loads(text) if text else None
-    except (OSError, SafetensorError, ValueError) as error:
-        raise IncompatibleStateError(f"{path} can't be read, so it is missing or corrupt: {error}") from error
-    if not isinstance(content, dict):
-        raise IncompatibleStateError(f"{path} is foreign: export_fbgemm did not write it")
-    version = get(content, "format_version", int, path)
-    if version != FORMAT_VERSION:
-        raise IncompatibleStateError(f"{path} has format version {version}, this embcomp reads {FORMAT_VERSION}")
-    if SEAL in content and sealed(content)[SEAL] != content[SEAL]:
-        raise IncompatibleStateError(
-            f"{path} is corrupt: its {SEAL} is that of another content; export the tables again"
-        )
-    if _DIGEST in content and digest_of(state) != content[_DIGEST]:
-        raise IncompatibleStateError(
-            f"{path} is corrupt: its {_DIGEST} is that of other tensors; export the tables again"
-        )
-    return content, state
 
 
 def _rows_of(tables: EmbeddingTables, index: int) -> tuple[str, dict[str, Tensor]]:
     """The data type and the tensors of a table, a row for unseen ids included where one is needed."""
     store, rows = _stored(tables, index)
-    if isinstance(store, DenseRows) and store.weight.dtype in _FLOATS:
-        data_type, own = _FLOATS[store.weight.dtype], {"rows": store.weight.detach()[rows].cpu()}
-    elif isinstance(store, PackedRows) and store.row_format.granularity == "row" and store.bits in _BITS:
+    if isinstance(store, DenseRows) and store.weight.dtype in FLOATS:
+        data_type, own = FLOATS[store.weight.dtype], {"rows": store.weight.detach()[rows].cpu()}
+    elif isinstance(store, PackedRows) and store.row_format.granularity == "row" and store.bits in BITS:
         data_type, own = f"INT{store.bits}", _codes(store, rows, tables.names[index])
     else:
         raise ExportError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from embcomp.errors import ExportError, InputError, UnseenIdError, did_you_mean
 from embcomp.hashing import hash_seed, hash_to_range
-from embcomp.integrations.export.fbgemm import QuantizedTable, has_row_for_unseen
+from embcomp.integrations.export.fbgemm_file import QuantizedTable, has_row_for_unseen
 from embcomp.integrations.versions import torchrec_error
 
 try:
@@ -142,6 +142,14 @@ def _check(tables: Sequence[QuantizedTable], features: Mapping[str, Sequence[str
     for name in features or {}:
         if name not in names:
             raise ExportError(f"features: no table {name!r}; {did_you_mean(name, names)}")
+    owners: dict[str, str] = {}
+    for name in names:
+        for feature in (features or {}).get(name, [name]):
+            if owners.setdefault(feature, name) != name:
+                raise ExportError(
+                    f"features: {feature!r} looks tables {owners[feature]!r} and {name!r} up, and here a feature has "
+                    "one table: give the KeyedJaggedTensor its ids under a second name"
+                )
     if pooling not in ("sum", "mean"):
         raise ExportError(f"pooling={pooling!r}; {did_you_mean(pooling, ('sum', 'mean'))}")
     padded = [table.name for table in tables if table.padding_idx is not None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
+from torchrec.distributed.planner.types import (
+    KernelConfig,
+    ParameterConstraints,
+    PlannerError,
+    TopologyFactory,
+    TrainerConfig,
+)
 from torchrec.distributed.types import ShardingPlan, ShardingType
 
 from embcomp.errors import ConfigError, did_you_mean
@@ -95,13 +103,14 @@ def plan_sharding(
             the others, ``"data_parallel"`` aside. Tables of too few rows to give each process some are placed whole
             where ``"row_wise"`` is asked for.
         device: type of the devices, ``"cpu"`` or ``"cuda"``.
-        local_world_size: processes on one machine; None for all.
+        local_world_size: processes on one machine; None for what torchrun says where it started this process, as
+            `distribute` takes it, or all.
 
     Raises:
         ConfigError: as `shardable_`, for an unknown way of sharding or name of a table, for numbers of processes that
             do not go together, and if the planner finds no place for a table.
     """
-    local_world_size = world_size if local_world_size is None else local_world_size
+    local_world_size = local_processes(world_size) if local_world_size is None else local_world_size
     _check_processes(world_size, local_world_size)
     for tables in groups_of(model):
         check_shardable(tables)
@@ -153,6 +162,12 @@ def replicated_tables(wanted: Mapping[str, list[str]]) -> list[str]:
     return [name for name, kinds in wanted.items() if kinds == [REPLICATED]]
 
 
+def local_processes(world_size: int) -> int:
+    """Processes of a group on one machine: torchrun's number, or what of it divides a smaller group's."""
+    local = min(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    return local if local < 1 or world_size % local == 0 else math.gcd(world_size, local)
+
+
 def make_planner(
     wanted: Mapping[str, list[str]], world_size: int, local_world_size: int, device: str
 ) -> EmbeddingShardingPlanner:
@@ -160,7 +175,10 @@ def make_planner(
     constraints = {
         name: ParameterConstraints(sharding_types=kinds, min_partition=ALIGNMENT) for name, kinds in wanted.items()
     }
-    topology = Topology(world_size=world_size, local_world_size=local_world_size, compute_device=device)
+    topology = TopologyFactory.create_topology(
+        TrainerConfig(world_size=world_size, local_world_size=local_world_size),
+        kernel_config=KernelConfig(compute_device=device),
+    )
     reservation = FixedPercentageStorageReservation(percentage=0.15)
     return EmbeddingShardingPlanner(topology, constraints=constraints, storage_reservation=reservation)
 

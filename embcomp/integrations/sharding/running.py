@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torchrec.distributed.types import ShardedTensor, ShardingEnv
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from embcomp.errors import ConfigError, IncompatibleStateError, did_you_mean
-from embcomp.integrations.sharding.plans import make_planner, replicated_tables, wanted_shardings
+from embcomp.integrations.sharding.plans import local_processes, make_planner, replicated_tables, wanted_shardings
 from embcomp.integrations.sharding.rows import ShardableRows, shardable_, stores_of
 from embcomp.io import write_pretrained
 
@@ -84,7 +83,7 @@ def distribute(
             if optimizer == "rowwise_adagrad":  # whose mean of squares is over the columns that fill rows up too
                 rate *= (rows.dim / rows.width) ** 0.5
             _apply_optimizer_in_backward(OPTIMIZERS[optimizer], rows.parameters(), {"lr": rate, **options})
-    planner = make_planner(wanted, group.size(), _local_world_size(group), device.type)
+    planner = make_planner(wanted, group.size(), local_processes(group.size()), device.type)
     sharders: list[Any] = [EmbeddingCollectionSharder()]
     plan = planner.collective_plan(model, sharders, group)
     return DistributedModelParallel(
@@ -129,10 +128,6 @@ def save_sharded(model: DistributedModelParallel, folder: str | Path, group: dis
 
 
 # ---- inside ---------------------------------------------------------------------------------------------------------
-
-
-def _local_world_size(group: dist.ProcessGroup) -> int:
-    return min(group.size(), int(os.environ.get("LOCAL_WORLD_SIZE", group.size())))
 
 
 def _gathered(model: DistributedModelParallel, group: dist.ProcessGroup | None) -> dict[str, Tensor]:

@@ -103,6 +103,8 @@ def test_quantized_tables_with_small_ones_left_whole(tmp_path):
     collection = load_fbgemm(told.path)
     got = collection(columns(tables, torch.tensor([[7, 0], [10**12, -3]]))).values().view(2, 2, 8)
     require_close(got, tables(torch.tensor([[7, 0], [10**12, -3]])), "int8:row")
+    with pytest.raises(ExportError, match="'f' looks tables 'user' and 'flag' up"):
+        load_fbgemm(told.path, {"user": ["f"], "flag": ["g", "f"]})
 
 
 def test_bags_features_and_weights(tmp_path):
