@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from embcomp.errors import ConfigError, IncompatibleStateError, InputError, SpecError
 from embcomp.hashing import hash_seed
-from embcomp.integrations.versions import torchrec_error
+from embcomp.integrations.versions import torchrec_error, warn_of_versions
 from embcomp.specs import TableSpec
 from embcomp.strategies.dynamic import DynamicConfig, DynamicTables
 
@@ -39,6 +39,7 @@ try:
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 except (ImportError, OSError) as error:
     raise torchrec_error(error) from error
+warn_of_versions()
 
 _NO_ID = 2**63 - 1
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from embcomp.errors import InputError
-from embcomp.integrations.versions import torchrec_error
+from embcomp.integrations.versions import torchrec_error, warn_of_versions
 from embcomp.sites import GROUPS, put
 from embcomp.tables import EmbeddingTables
 from embcomp.views import EmbeddingBagView, EmbeddingView, TableView
@@ -31,6 +31,7 @@ try:
     from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 except (ImportError, OSError) as error:
     raise torchrec_error(error) from error
+warn_of_versions()
 
 COLLECTIONS = (EmbeddingBagCollection, EmbeddingCollection)
 

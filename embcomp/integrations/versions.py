@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import warnings
 
 import torch
 
@@ -10,6 +11,8 @@ from embcomp.errors import MissingDependencyError
 
 _BEHIND = 5
 """TorchRec and FBGEMM 1.N are built for torch 2.(N + 5); their metadata does not say so."""
+_PACKAGES = ("torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu")
+_ABSENT = "not installed"
 
 
 def torchrec_error(error: Exception) -> MissingDependencyError:
@@ -18,14 +21,36 @@ def torchrec_error(error: Exception) -> MissingDependencyError:
     Args:
         error: that the import raised; another build's libraries raise ``OSError``.
     """
+    return MissingDependencyError(f"TorchRec can't be imported ({type(error).__name__}: {error}). {_advice()}")
+
+
+def warn_of_versions() -> None:
+    """Warn where TorchRec can be imported, but it or FBGEMM was built for another torch.
+
+    Their operators may be missing, or work otherwise, only once they are called.
+    """
+    fitting = _fitting()
+    found = {name: _version(name) for name in _PACKAGES}
+    if fitting and any(v != _ABSENT and v.split(".")[:2] != fitting.split(".")[:2] for v in found.values()):
+        warnings.warn(f"TorchRec or FBGEMM is for another torch. {_advice()}", RuntimeWarning, stacklevel=2)
+
+
+def _fitting() -> str | None:
+    """The versions that go with this torch; None where that is not known."""
     major, minor = torch.__version__.split("+")[0].split(".")[:2]
-    fitting = f"1.{max(int(minor) - _BEHIND, 0)}.0" if major == "2" else "of the same month"
-    found = ", ".join(f"{name} {_version(name)}" for name in ("torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu"))
-    return MissingDependencyError(
-        f"TorchRec can't be imported ({type(error).__name__}: {error}). Installed: torch {torch.__version__}, {found}. "
-        f"With this torch go torchrec and fbgemm {fitting}. On a CPU: pip install 'embcomp[torchrec]' fbgemm-gpu-cpu=="
-        f"{fitting} && pip install --no-deps torchrec=={fitting}; with CUDA: pip install fbgemm-gpu=={fitting} "
-        f"torchrec=={fitting}"
+    return f"1.{max(int(minor) - _BEHIND, 0)}.0" if major == "2" else None
+
+
+def _advice() -> str:
+    fitting = _fitting()
+    found = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
+    installed = f"Installed: torch {torch.__version__}, {found}."
+    if fitting is None:
+        return f"{installed} With this torch go torchrec and fbgemm of the same month"
+    return (
+        f"{installed} With this torch go torchrec and fbgemm {fitting}. On a CPU: pip install 'embcomp[torchrec]' "
+        f"fbgemm-gpu-cpu=={fitting} && pip install --no-deps torchrec=={fitting}; with CUDA: pip install "
+        f"fbgemm-gpu=={fitting} torchrec=={fitting}"
     )
 
 
@@ -33,4 +58,4 @@ def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return _ABSENT

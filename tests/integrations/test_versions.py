@@ -1,12 +1,15 @@
 """What is said where TorchRec is missing or broken."""
 
+import importlib.metadata
 import subprocess
 import sys
+import warnings
 
+import pytest
 import torch
 
 from embcomp import MissingDependencyError
-from embcomp.integrations.versions import torchrec_error
+from embcomp.integrations.versions import torchrec_error, warn_of_versions
 
 BROKEN = """
 import sys
@@ -24,6 +27,31 @@ def test_the_line_that_installs_the_right_versions_is_told():
     minor = int(torch.__version__.split(".")[1])
     for text in ("fbgemm_gpu_config.so", f"torch {torch.__version__}", f"fbgemm-gpu-cpu==1.{minor - 5}.0", "--no-deps"):
         assert text in str(error)
+
+
+@pytest.mark.parametrize(
+    ("package", "found", "told"),
+    [
+        ("torchrec", "1.{fits}.0", False),
+        ("torchrec", "1.{fits}.1.dev3", False),
+        ("torchrec", "1.{off}.0", True),
+        ("fbgemm-gpu", "1.{off}.0", True),
+        ("fbgemm-gpu-cpu", "2.{fits}.0", True),
+    ],
+)
+def test_versions_that_can_be_imported_but_do_not_go_together_are_told(monkeypatch, package, found, told):
+    fits = int(torch.__version__.split(".")[1]) - 5
+
+    def version(name):
+        if name != package:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found.format(fits=fits, off=fits - 1)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        warn_of_versions()
+    assert [f"torchrec==1.{fits}.0" in str(one.message) for one in seen] == [True] * told
 
 
 def test_without_torchrec_only_what_needs_it_fails():

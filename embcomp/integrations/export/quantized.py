@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from embcomp.errors import ExportError, InputError, UnseenIdError, did_you_mean
 from embcomp.hashing import hash_seed, hash_to_range
 from embcomp.integrations.export.fbgemm_file import QuantizedTable, has_row_for_unseen
-from embcomp.integrations.versions import torchrec_error
+from embcomp.integrations.versions import torchrec_error, warn_of_versions
 
 try:
     from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
@@ -21,6 +21,7 @@ try:
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 except (ImportError, OSError) as error:
     raise torchrec_error(error) from error
+warn_of_versions()
 
 _ROW_ALIGNMENT = 16
 """Of FBGEMM's CUDA kernels; TorchRec's default everywhere, where rows of 20 bytes then take 32."""

@@ -12,7 +12,7 @@ process, and is averaged by ``DistributedDataParallel`` as the rest of the model
 
 from __future__ import annotations
 
-from embcomp.integrations.versions import torchrec_error
+from embcomp.integrations.versions import torchrec_error, warn_of_versions
 
 try:
     from embcomp.integrations.sharding.plans import REPLICATED, SHARDINGS, Shard, ShardingReport, plan_sharding
@@ -20,6 +20,7 @@ try:
     from embcomp.integrations.sharding.running import OPTIMIZERS, dense_parameters, distribute, save_sharded
 except (ImportError, OSError) as error:
     raise torchrec_error(error) from error
+warn_of_versions()
 
 __all__ = [
     "OPTIMIZERS",
