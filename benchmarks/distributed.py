@@ -130,7 +130,7 @@ def _run(given: argparse.Namespace, strategy: str, sharding: str, processes: int
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks.distributed", description=__doc__)
-    parser.add_argument("--strategy", nargs="+", default=STRATEGIES, help="default: those whose rows can be sharded")
+    parser.add_argument("--strategy", nargs="+", default=STRATEGIES, help="default: %(default)s")
     parser.add_argument("--sharding", nargs="+", choices=SHARDINGS, default=SHARDINGS)
     parser.add_argument("--processes", nargs="+", type=int, default=PROCESSES, help="default: 1 2 4")
     parser.add_argument("--budget", default="25%", help="of all strategies but full; default: 25%%")

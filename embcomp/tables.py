@@ -591,4 +591,4 @@ def _kept_here(module: nn.Module) -> Iterator[Tensor]:
 
 def _broadcasts_to(shape: Sequence[int], target: Sequence[int]) -> bool:
     ends = zip(reversed(shape), reversed(target), strict=False)
-    return len(shape) <= len(target) and all(size in (1, wanted) for size, wanted in ends)
+    return len(shape) <= len(target) and all(size in (wanted, 1) for size, wanted in ends)

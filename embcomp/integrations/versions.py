@@ -13,6 +13,8 @@ _BEHIND = 5
 """TorchRec and FBGEMM 1.N are built for torch 2.(N + 5); their metadata does not say so."""
 _PACKAGES = ("torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu")
 _ABSENT = "not installed"
+_BESIDE = "tensordict torchmetrics==1.0.3 pyre-extensions tqdm"
+"""What else TorchRec imports, where its metadata can't be followed since it names FBGEMM for CUDA."""
 
 
 def torchrec_error(error: Exception) -> MissingDependencyError:
@@ -48,9 +50,9 @@ def _advice() -> str:
     if fitting is None:
         return f"{installed} With this torch go torchrec and fbgemm of the same month"
     return (
-        f"{installed} With this torch go torchrec and fbgemm {fitting}. On a CPU: pip install 'embcomp[torchrec]' "
-        f"fbgemm-gpu-cpu=={fitting} && pip install --no-deps torchrec=={fitting}; with CUDA: pip install "
-        f"fbgemm-gpu=={fitting} torchrec=={fitting}"
+        f"{installed} With this torch go torchrec and fbgemm {fitting}. "
+        f"On a CPU: pip install fbgemm-gpu-cpu=={fitting} {_BESIDE} && pip install --no-deps torchrec=={fitting}; "
+        f"with CUDA: pip install fbgemm-gpu=={fitting} torchrec=={fitting}"
     )
 
 

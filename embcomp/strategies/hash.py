@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -130,9 +130,10 @@ class HashTables(EmbeddingTables):
             return self.rows(ids + self.pick(self._starts, table), table)
         if self.combine == "weighted":
             return self._weighted(ids, table, own)
-        vectors = self.rows(self._rows_of(ids, table, 0, own), table)
-        for number in range(1, self.num_hashes):
-            vectors = vectors.add_(self.rows(self._rows_of(ids, table, number, own), table))
+        found = self._found(ids, table, own)
+        vectors = next(found)
+        for other in found:
+            vectors = vectors.add_(other)
         if self._scales is not None:
             vectors = vectors.mul_(self.pick(self._scales, table))
         return vectors
@@ -147,11 +148,23 @@ class HashTables(EmbeddingTables):
         if any(self._owners["rows"]):
             exempt = self.pick(self._rows_owners, table).unsqueeze(-1)
             importance = importance.masked_fill(exempt, 1 / self.num_hashes)
-        vectors = self.rows(self._rows_of(ids, table, 0, own), table) * importance[..., :1]
-        for number in range(1, self.num_hashes):
-            row = self.rows(self._rows_of(ids, table, number, own), table)
-            vectors = vectors.addcmul_(row, importance[..., number : number + 1])
+        found = self._found(ids, table, own)
+        vectors = next(found) * importance[..., :1]
+        for number, other in enumerate(found, start=1):
+            vectors = vectors.addcmul_(other, importance[..., number : number + 1])
         return vectors
+
+    def _found(self, ids: Tensor, table: Tensor | int | None, own: Tensor | bool) -> Iterator[Tensor]:
+        """The rows of each hash, float32 ``(..., D)``, which may be written to.
+
+        Sharded rows are looked up at once: TorchRec's optimizer makes a step in the backward pass of every lookup.
+        """
+        rows = (self._rows_of(ids, table, number, own) for number in range(self.num_hashes))
+        if self.is_sharded and self.num_hashes > 1:
+            found = self.rows(torch.stack(list(rows), dim=-1), self._segment(table))
+            yield from (found.select(-2, number).clone() for number in range(self.num_hashes))
+        else:
+            yield from (self.rows(one, table) for one in rows)
 
     def stretches(self, index: int, queries: Tensor) -> list[Stretch]:
         [plain] = super().stretches(index, queries)

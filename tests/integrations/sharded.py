@@ -16,6 +16,10 @@ BATCH, STEPS, RATE = 32, 50, 0.1
 CASES = {
     "full": {},
     "hash": {"budget": "40%"},
+    "hash, two": {"budget": "40%", "num_hashes": 2},
+    "hash, weighted": {"budget": "60%", "num_hashes": 2, "combine": "weighted"},
+    "mixed_dim": {"budget": "80%"},
+    "compact": {"budget": "60%"},
     "compositional": {"budget": "40%"},
     "compositional, quotients of few rows": {"budget": "85%"},
     "unified": {"budget": "40%"},
@@ -89,6 +93,22 @@ def train(rank, world_size, plans):
         model = sharding.distribute(model_of(case, dim), optimizer, RATE, kind, **options)
         found.append(losses_of(model, optimizers_of(model, list(sharding.dense_parameters(model)), optimizer), part))
     return found
+
+
+def refusals(rank, world_size):
+    """What is said of tables without values, and of copies with row-sparse gradients."""
+    specs = [embcomp.TableSpec(name, size, 8) for name, size in SIZES.items()]
+    meta = embcomp.plan(specs, "hash", "40%").build("meta")
+    told = []
+    for tables, kind in (
+        (meta, "row_wise"),
+        (embcomp.build_tables(specs, embcomp.FullConfig(sparse=True)), "data_parallel"),
+    ):
+        try:
+            sharding.distribute(Model(tables), "sgd", RATE, kind)
+        except embcomp.ConfigError as error:
+            told.append(str(error))
+    return told
 
 
 IDS = next(batches(1))[0]

@@ -21,6 +21,7 @@ from tests.integrations.sharded import (
     load_and_answer,
     look_bags_up,
     model_of,
+    refusals,
     save_and_die,
     train,
     train_and_save,
@@ -50,6 +51,13 @@ def test_losses_are_those_of_one_process(world_size, plans):
         if off > 1e-5:
             wrong.append((*plan, off))
     assert not wrong
+
+
+def test_tables_that_processes_could_not_train_are_refused(tmp_path):
+    told = run_workers(refusals, 2)
+    for meta, sparse in told:
+        assert "are on 'meta', without values" in meta
+        assert "sparse=False" in sparse
 
 
 def test_what_cannot_be_sharded_says_so_by_name():

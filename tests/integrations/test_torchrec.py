@@ -22,6 +22,7 @@ from torchrec import (  # noqa: E402
     PoolingType,
 )
 
+from embcomp.integrations.export import export_pt2  # noqa: E402
 from embcomp.integrations.torchrec import (  # noqa: E402
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingCollection,
@@ -276,3 +277,13 @@ def test_a_quantized_collection_is_compared_with_and_refused():
     assert_same(ours(features), theirs(features), rtol=0, atol=0.02)
     with pytest.raises(NoMatchingTableError, match="quantized"):
         embcomp.compress_(theirs, "full")
+
+
+def test_a_model_that_takes_a_jagged_tensor_is_not_exported_whole_and_says_what_is(tmp_path):
+    model = nn.Sequential(bags())
+    handle = embcomp.compress_(model, "full", verbose=False)
+    handle.finalize_()
+    features = KeyedJaggedTensor(["a", "b", "c"], torch.tensor([1, 2, 3]), lengths=torch.tensor([1, 1, 1]))
+    with pytest.raises(embcomp.ExportError, match=r"KeyedJaggedTensor: give dynamic_shapes=.* handle\.tables\[0\]"):
+        export_pt2(handle, tmp_path / "t.pt2", example=(features,))
+    assert not list(tmp_path.iterdir())

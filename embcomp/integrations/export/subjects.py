@@ -137,7 +137,14 @@ def make_subject(
     if not isinstance(example, tuple | list):
         raise ExportError(f"example must be a tuple of the model's arguments, not a {type(example).__name__}")
     if dynamic_shapes is None:
-        dynamic_shapes = tree_map(_first_is_dynamic, tuple(example))
+        try:
+            dynamic_shapes = tree_map(_first_is_dynamic, tuple(example))
+        except (AttributeError, TypeError) as error:
+            raise ExportError(
+                "example= has arguments that are not made of tensors alone, such as a KeyedJaggedTensor: give "
+                "dynamic_shapes=, as torch.export takes them, or export the groups of tables, such as "
+                "handle.tables[0], or a model that takes ids and offsets"
+            ) from error
     return Subject(twin_of(model).eval(), tuple(example), dynamic_shapes)
 
 

@@ -23,7 +23,7 @@ ALIGNMENT = 4
 
 
 class ShardableRows(nn.Module):
-    """Rows of a store as tables of an ``EmbeddingCollection``, one per segment; TorchRec shards the collection.
+    """Rows of a store as tables of an ``EmbeddingCollection``, which TorchRec shards: one per segment that has any.
 
     Args:
         store: what kind of rows they are.
@@ -35,17 +35,20 @@ class ShardableRows(nn.Module):
 
     def __init__(self, store: MatrixRows, weight: Tensor, names: list[str]) -> None:
         super().__init__()
-        self.dim, self.segments, self.names = store.dim, store.segments, names
+        kept = [number for number, rows in enumerate(store.segments) if rows]  # TorchRec has no tables without rows
+        self.dim, self.segments = store.dim, [store.segments[number] for number in kept]
+        self.names = [names[number] for number in kept]
         self.width = -(-store.dim // ALIGNMENT) * ALIGNMENT
         configs = [
             EmbeddingConfig(name=name, embedding_dim=self.width, num_embeddings=rows, feature_names=[name])
-            for name, rows in zip(names, store.segments, strict=True)
+            for name, rows in zip(self.names, self.segments, strict=True)
         ]
         self.collection = EmbeddingCollection(configs, device=weight.device)  # on meta, TorchRec would draw them anew
-        for name, rows in zip(names, weight.detach().split(list(store.segments)), strict=True):
+        for name, rows in zip(self.names, weight.detach().split(self.segments), strict=True):
             padded = nn.functional.pad(rows, (0, self.width - self.dim)) if self.width > self.dim else rows.clone()
             self.collection.embeddings[name].weight = nn.Parameter(padded)
-        self.register_buffer("_starts", torch.tensor(store.starts(), device=weight.device), persistent=False)
+        starts = torch.tensor([store.starts()[number] for number in kept], device=weight.device)
+        self.register_buffer("_starts", starts, persistent=False)
 
     def forward(self, rows: Tensor, segment: Segment) -> Tensor:
         """Look rows up: int64 ``(...)``, counted over all segments, to float32 ``(..., d)``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,16 @@ from torchrec.distributed.types import ShardedTensor, ShardingEnv
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from embcomp.errors import ConfigError, IncompatibleStateError, did_you_mean
-from embcomp.integrations.sharding.plans import local_processes, make_planner, replicated_tables, wanted_shardings
+from embcomp.integrations.sharding.plans import (
+    REPLICATED,
+    local_processes,
+    make_planner,
+    replicated_tables,
+    wanted_shardings,
+)
 from embcomp.integrations.sharding.rows import ShardableRows, shardable_, stores_of
 from embcomp.io import write_pretrained
+from embcomp.swap import groups_of
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -56,8 +63,8 @@ def distribute(
         the model to train, whose ``dense_parameters`` need an optimizer of their own.
 
     Raises:
-        ConfigError: as `plan_sharding`, for an unknown optimizer, where there is no process group, or where ``device``
-            is another GPU than the current one.
+        ConfigError: as `plan_sharding`, for an unknown optimizer, where there is no process group, for tables on
+            ``meta``, for copies of rows with row-sparse gradients, or where ``device`` is another GPU than the current.
     """
     if optimizer not in OPTIMIZERS:
         raise ConfigError(f"optimizer={optimizer!r}; {did_you_mean(optimizer, OPTIMIZERS)}")
@@ -74,7 +81,9 @@ def distribute(
         )
     group = group or dist.group.WORLD
     assert group is not None
+    _check_values(model)
     wanted = wanted_shardings(model, sharding, group.size())
+    _check_replicated(model, replicated_tables(wanted))
     shardable_(model, replicated_tables(wanted))
     for _, store, _ in stores_of(model):
         store.processes, rows = group.size(), store.elsewhere
@@ -128,6 +137,26 @@ def save_sharded(model: DistributedModelParallel, folder: str | Path, group: dis
 
 
 # ---- inside ---------------------------------------------------------------------------------------------------------
+
+
+def _check_values(model: nn.Module) -> None:
+    """Refuse tables on ``meta``, whose constants TorchRec would fill with zeros."""
+    for tables in groups_of(model):
+        if any(tensor.is_meta for tensor in (*tables.parameters(), *tables.buffers())):
+            raise ConfigError(
+                f"tables {', '.join(tables.names[:3])} are on 'meta', without values: build them on the CPU, the "
+                "same in every process (plan_sharding takes them from 'meta')"
+            )
+
+
+def _check_replicated(model: nn.Module, replicated: Collection[str]) -> None:
+    """Refuse row-sparse gradients of rows that ``DistributedDataParallel`` averages, which it can't."""
+    for _, store, names in stores_of(model):
+        if store.sparse and set(names) <= set(replicated):
+            raise ConfigError(
+                f"rows {', '.join(names[:3])} have row-sparse gradients (sparse=True), and copies of them can't be "
+                f"averaged: set sparse=False, or another sharding than {REPLICATED!r}"
+            )
 
 
 def _gathered(model: DistributedModelParallel, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
