@@ -162,7 +162,8 @@ def _check_replicated(model: nn.Module, replicated: Collection[str]) -> None:
 def _gathered(model: DistributedModelParallel, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
     """The model's state as if it were in one process; in the first process, and nothing in the others."""
     first = dist.get_rank(group) == 0
-    state = {name: _whole(value, first) for name, value in model.state_dict().items()}
+    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")  # where the backend gathers to
+    state = {name: _whole(value, first, device) for name, value in model.state_dict().items()}
     for path, rows in model.module.named_modules():
         if isinstance(rows, ShardableRows):
             prefix = f"{path}.collection.embeddings."
@@ -172,9 +173,9 @@ def _gathered(model: DistributedModelParallel, group: dist.ProcessGroup | None) 
     return state if first else {}
 
 
-def _whole(value: Any, first: bool) -> Tensor:
+def _whole(value: Any, first: bool, device: torch.device) -> Tensor:
     if not isinstance(value, ShardedTensor):
         return value
-    whole = torch.empty(value.size()) if first else None
+    whole = torch.empty(value.size(), device=device) if first else None
     value.gather(0, whole)
-    return torch.empty(0) if whole is None else whole
+    return torch.empty(0) if whole is None else whole.cpu()
