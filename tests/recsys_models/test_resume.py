@@ -23,7 +23,10 @@ CONFIG = TrainingConfig(
     patience=None,
     device="cpu",
 )
-QUICK = {"optembed": {"generations": 2, "mutations": 3, "crossovers": 3, "parents": 3, "threshold_lr": 0.5}}
+QUICK = {
+    "dynamic": {"interval": 4},  # ids compete before and after the run is killed
+    "optembed": {"generations": 2, "mutations": 3, "crossovers": 3, "parents": 3, "threshold_lr": 0.5},
+}
 PHASES = {"magnitude": {"finetune_epochs": 2}, "nested": {"retrain": "finetune"}, "optembed": {"decay": 0.01}}
 """Options with which a strategy goes through more phases, or keeps more state."""
 
