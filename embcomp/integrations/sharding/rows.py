@@ -83,11 +83,13 @@ def shardable_(model: nn.Module, replicated: Collection[str] = ()) -> nn.Module:
 
     Raises:
         NoMatchingTableError: if there are no compressed tables.
-        ConfigError: if a strategy's rows can't be sharded, or their format can't; the message names it.
+        ConfigError: if a strategy's rows can't be sharded, their format can't, or tables are on ``meta``; the message
+            names them.
     """
     groups = groups_of(model)
     for tables in groups:
         check_shardable(tables)
+        _check_values(tables)
     for _, store, names in stores_of(model):
         if store.elsewhere is None and not set(names) <= set(replicated):
             rows = ShardableRows(store, store.weight, names)
@@ -141,6 +143,15 @@ def check_shardable(tables: EmbeddingTables) -> None:
 
 
 # ---- inside ---------------------------------------------------------------------------------------------------------
+
+
+def _check_values(tables: EmbeddingTables) -> None:
+    """Refuse tables on ``meta``, whose constants TorchRec would fill with zeros."""
+    if any(tensor.is_meta for tensor in (*tables.parameters(), *tables.buffers())):
+        raise ConfigError(
+            f"tables {', '.join(tables.names[:3])} are on 'meta', without values: build them on the CPU, the same in "
+            "every process (plan_sharding takes them from 'meta')"
+        )
 
 
 def _names(tables: EmbeddingTables, group: int, store: str, segments: int) -> list[str]:

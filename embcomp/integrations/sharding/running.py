@@ -25,7 +25,6 @@ from embcomp.integrations.sharding.plans import (
 )
 from embcomp.integrations.sharding.rows import ShardableRows, shardable_, stores_of
 from embcomp.io import write_pretrained
-from embcomp.swap import groups_of
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -81,7 +80,6 @@ def distribute(
         )
     group = group or dist.group.WORLD
     assert group is not None
-    _check_values(model)
     wanted = wanted_shardings(model, sharding, group.size())
     _check_replicated(model, replicated_tables(wanted))
     shardable_(model, replicated_tables(wanted))
@@ -137,16 +135,6 @@ def save_sharded(model: DistributedModelParallel, folder: str | Path, group: dis
 
 
 # ---- inside ---------------------------------------------------------------------------------------------------------
-
-
-def _check_values(model: nn.Module) -> None:
-    """Refuse tables on ``meta``, whose constants TorchRec would fill with zeros."""
-    for tables in groups_of(model):
-        if any(tensor.is_meta for tensor in (*tables.parameters(), *tables.buffers())):
-            raise ConfigError(
-                f"tables {', '.join(tables.names[:3])} are on 'meta', without values: build them on the CPU, the "
-                "same in every process (plan_sharding takes them from 'meta')"
-            )
 
 
 def _check_replicated(model: nn.Module, replicated: Collection[str]) -> None:
