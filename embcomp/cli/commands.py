@@ -55,7 +55,12 @@ def strategies_text(found: Found) -> str:
 
 
 def plan_tables(
-    source: Path, budgets: Sequence[str], names: Sequence[str], dim: int | None, processes: int | None = None
+    source: Path,
+    budgets: Sequence[str],
+    names: Sequence[str],
+    dim: int | None,
+    processes: int | None = None,
+    patterns: Sequence[str] = (),
 ) -> Found:
     """Plan the tables of a file with several strategies side by side; nothing is allocated.
 
@@ -65,8 +70,9 @@ def plan_tables(
         names: of strategies; none for all.
         dim: D of tables of which the file does not say it.
         processes: that the rows are to be trained in; None where they are not sharded.
+        patterns: which matrices of a file of weights are tables.
     """
-    specs = read_specs(source, dim)
+    specs = read_specs(source, dim, patterns)
     groups: dict[int, list[TableSpec]] = {}
     for spec in specs:
         groups.setdefault(spec.embedding_dim, []).append(spec)

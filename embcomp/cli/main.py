@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from embcomp import __version__
-from embcomp.cli import commands, compress, export, sources
+from embcomp.cli import commands, compress, export, sources, weights
 from embcomp.config import get_strategy
 from embcomp.errors import EmbcompError
 
@@ -39,7 +39,7 @@ _Answer = tuple[commands.Found, Callable[[commands.Found], str]]
 def _plan(given: argparse.Namespace) -> _Answer:
     for name in given.strategy:
         get_strategy(name)
-    found = commands.plan_tables(given.tables, given.budget, given.strategy, given.dim, given.processes)
+    found = commands.plan_tables(given.tables, given.budget, given.strategy, given.dim, given.processes, given.table)
     return found, commands.plan_text
 
 
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("tables", type=Path, metavar="TABLES", help=sources.HELP)
     plan.add_argument("--budget", nargs="+", default=["10%"], help="such as 10%% 64MiB 20x; default: 10%%")
     plan.add_argument("--strategy", nargs="+", default=[], metavar="NAME", help="default: all")
+    plan.add_argument("--table", nargs="+", default=[], metavar="NAME", help=f"in a file of weights, {weights.RULE}")
     plan.add_argument("--dim", type=int, help="dimension of tables of which TABLES does not say it")
     plan.add_argument(
         "--processes", type=int, metavar="N", help="say also what each of N processes holds where rows are sharded"

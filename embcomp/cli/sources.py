@@ -5,18 +5,19 @@ from __future__ import annotations
 import csv
 import importlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from embcomp._checkpoint import CONFIG, get, read_config
-from embcomp.cli.weights import SUFFIXES, matrices
-from embcomp.errors import EmbcompError, MissingDependencyError, SpecError
+from embcomp.cli.weights import SUFFIXES, table_shapes
+from embcomp.errors import EmbcompError, MissingDependencyError, SpecError, did_you_mean
 from embcomp.specs import TableSpec
 
 _SIZE = ("num_embeddings", "size", "vocab_size", "rows")
 _DIM = ("embedding_dim", "dim")
 _NAME = ("table", "name", "field")
+_OPTIONS = (*_SIZE, *_DIM, "padding_idx")
 
 HELP = (
     ".yaml or .json: {dim: 16, tables: {user: 1000000, item: {size: 5000, dim: 8}}}, where a vocabulary (a mapping or "
@@ -25,12 +26,13 @@ HELP = (
 )
 
 
-def read_specs(path: Path, dim: int | None = None) -> list[TableSpec]:
+def read_specs(path: Path, dim: int | None = None, patterns: Sequence[str] = ()) -> list[TableSpec]:
     """Read which tables there are.
 
     Args:
         path: a file or a folder, see `HELP`.
         dim: D of tables of which the file does not say it.
+        patterns: which matrices of a file of weights are tables, see `embcomp.cli.weights.RULE`.
 
     Raises:
         SpecError: if the file can't be read, or does not describe tables; the message says what it may look like.
@@ -39,6 +41,10 @@ def read_specs(path: Path, dim: int | None = None) -> list[TableSpec]:
     """
     if not path.exists():
         raise SpecError(f"{path} does not exist; tables come from {HELP}")
+    if path.suffix.lower() in SUFFIXES and path.is_file():
+        return [TableSpec(name, *shape) for name, shape in table_shapes(path, patterns).items()]
+    if patterns:
+        raise SpecError(f"--table chooses among the matrices of a file of weights, and {path} is none: leave it out")
     reader = _of_checkpoint if path.is_dir() else _READERS.get(path.suffix.lower())
     if reader is None:
         raise SpecError(f"{path}: files that end with {path.suffix!r} are not known; tables come from {HELP}")
@@ -51,10 +57,6 @@ def read_specs(path: Path, dim: int | None = None) -> list[TableSpec]:
     if not specs:
         raise SpecError(f"{path} describes no table; tables come from {HELP}")
     return specs
-
-
-def _of_weights(path: Path, dim: int | None) -> list[TableSpec]:
-    return [TableSpec(name, rows, width) for name, (rows, width) in matrices(path).items()]
 
 
 def _of_checkpoint(folder: Path, dim: int | None) -> list[TableSpec]:
@@ -91,11 +93,37 @@ def _of_mapping(content: Any, path: Path, dim: int | None) -> list[TableSpec]:
 
 
 def _spec(name: str, value: Any, dim: int | None, path: Path) -> TableSpec:
-    if isinstance(value, Mapping) and (size := _first(value, _SIZE)) is not None:
+    if isinstance(value, Mapping) and not _is_vocabulary(value, name, path):
         padding = value.get("padding_idx")
-        return TableSpec(name, size, _dim(_first(value, _DIM, dim), name, path), padding)
-    size = len(value) if isinstance(value, Mapping | list) else value
+        return TableSpec(name, _first(value, _SIZE), _dim(_first(value, _DIM, dim), name, path), padding)
+    size = _rows_of(value) if isinstance(value, Mapping | list) else value
     return TableSpec(name, size, _dim(dim, name, path))
+
+
+def _is_vocabulary(value: Mapping[str, Any], name: str, path: Path) -> bool:
+    """Whether a mapping is of values, some of which may be called like options, and not of options."""
+    strange = [key for key in value if key not in _OPTIONS]
+    if _first(value, _SIZE) is None or (strange and _counts_up(value)):
+        return True
+    if strange:
+        raise SpecError(f"{path}: table {name!r} has the option {strange[0]!r}; {did_you_mean(strange[0], _OPTIONS)}")
+    return False
+
+
+def _counts_up(vocabulary: Mapping[str, Any]) -> bool:
+    """Whether values have indices without a gap, before which there may be those of padding and of unseen values."""
+    numbers = list(vocabulary.values())
+    if not all(type(number) is int for number in numbers):
+        return False
+    first = min(numbers)
+    return 0 <= first <= 2 and sorted(numbers) == list(range(first, first + len(numbers)))
+
+
+def _rows_of(vocabulary: Mapping[str, Any] | list[Any]) -> int:
+    """V: up to the last index, where values have indices."""
+    if isinstance(vocabulary, Mapping) and vocabulary and _counts_up(vocabulary):
+        return max(vocabulary.values()) + 1
+    return len(vocabulary)
 
 
 def _of_columns(path: Path, dim: int | None) -> list[TableSpec]:
@@ -127,5 +155,4 @@ _READERS: dict[str, Callable[[Path, int | None], list[TableSpec]]] = {
     ".yml": _of_yaml,
     ".csv": _of_columns,
     ".tsv": _of_columns,
-    **dict.fromkeys(SUFFIXES, _of_weights),
 }

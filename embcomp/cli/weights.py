@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -44,7 +44,7 @@ class Weights:
     left_out: dict[str, str]
 
 
-def read_weights(path: Path, patterns: list[str], watch: _Watch = lambda size: None) -> Weights:
+def read_weights(path: Path, patterns: Sequence[str], watch: _Watch = lambda size: None) -> Weights:
     """Open a file of trained tables; nothing of them is read yet.
 
     Args:
@@ -56,13 +56,21 @@ def read_weights(path: Path, patterns: list[str], watch: _Watch = lambda size: N
         SpecError: if the file can't be read, or it is not clear which of its tensors are tables.
     """
     found = _open(path)
-    left_out = {name: problem for name, own in found.items() if (problem := own.problem())}
+    left_out = _left_out(found)
     chosen = _chosen(path, found, left_out, patterns)
-    left_out |= {name: "not chosen" for name in found if name not in chosen and name not in left_out}
-    tables = {name.removesuffix(".weight"): _watched(found[name].source, watch) for name in chosen}
-    if len(tables) < len(chosen):
-        raise SpecError(f"{path}: of {', '.join(chosen)} two are one table's, named with and without '.weight'")
-    return Weights(tables, left_out)
+    left_out |= {name: "not chosen" for name in found if name not in chosen.values() and name not in left_out}
+    return Weights({table: _watched(found[name].source, watch) for table, name in chosen.items()}, left_out)
+
+
+def table_shapes(path: Path, patterns: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Shapes of the tables in a file, by the rule of `read_weights`: name -> ``(V, D)``; nothing else of it is read.
+
+    Raises:
+        SpecError: as `read_weights`.
+    """
+    found = _open(path)
+    chosen = _chosen(path, found, _left_out(found), patterns)
+    return {table: found[name].source.shape for table, name in chosen.items()}
 
 
 def matrices(path: Path) -> dict[str, tuple[int, int]]:
@@ -133,7 +141,24 @@ def _open(path: Path) -> dict[str, _Found]:
         raise SpecError(f"{path} can't be read: {error}; trained tables come from {HELP}") from error
 
 
-def _chosen(path: Path, found: Mapping[str, _Found], left_out: Mapping[str, str], patterns: list[str]) -> list[str]:
+def _left_out(found: Mapping[str, _Found]) -> dict[str, str]:
+    return {name: problem for name, own in found.items() if (problem := own.problem())}
+
+
+def _chosen(
+    path: Path, found: Mapping[str, _Found], left_out: Mapping[str, str], patterns: Sequence[str]
+) -> dict[str, str]:
+    """Name of a table -> of its matrix, by `RULE`."""
+    names = _matching(path, found, left_out, patterns)
+    chosen = {name.removesuffix(".weight"): name for name in names}
+    if len(chosen) < len(names):
+        raise SpecError(f"{path}: of {', '.join(names)} two are one table's, named with and without '.weight'")
+    return chosen
+
+
+def _matching(
+    path: Path, found: Mapping[str, _Found], left_out: Mapping[str, str], patterns: Sequence[str]
+) -> list[str]:
     usable = [name for name in found if name not in left_out]
     if not usable:
         reasons = ", ".join(f"{name} ({why})" for name, why in left_out.items()) or "nothing"

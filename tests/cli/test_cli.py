@@ -46,17 +46,49 @@ def test_lists_of_tables_are_read(tmp_path, name):
     assert specs[1].padding_idx == (None if name.endswith("tsv") else 0)
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "rows"),
+    [
+        ({"size": 0, "rows": 1, "movie": 2}, 3),  # tokens that are called like options
+        ({"dim": 2, "size": 3, "x": 4}, 5),  # after a padding and an unseen value
+        ({"de": 1, "fr": 2}, 3),
+        ({"de": 812, "fr": 64}, 2),  # counts
+        (["size", "rows"], 2),
+        ({"size": 7, "dim": 4}, 7),
+    ],
+)
+def test_bug_values_called_size_are_no_sizes(tmp_path, vocabulary, rows):
+    (spec,) = read_specs(write(tmp_path, "t.json", json.dumps({"word": vocabulary})), dim=16)
+    assert spec.num_embeddings == rows
+
+
 def test_weights_are_read(tmp_path):
-    weights = {"a.weight": torch.zeros(30, 4), "b.weight": torch.zeros(20, 6), "bias": torch.zeros(4)}
+    weights = {"a.weight": torch.zeros(30, 4), "b.weight": torch.zeros(20, 6)}
     save_file(weights, tmp_path / "w.safetensors")
     torch.save(weights, tmp_path / "w.pt")
     np.save(tmp_path / "w.npy", np.zeros((30, 4), np.float32))
-    wanted = [("a.weight", 30, 4), ("b.weight", 20, 6)]
+    wanted = [("a", 30, 4), ("b", 20, 6)]
     for name in ("w.safetensors", "w.pt"):
         specs = read_specs(tmp_path / name)
         assert [(spec.name, spec.num_embeddings, spec.embedding_dim) for spec in specs] == wanted
     (spec,) = read_specs(tmp_path / "w.npy")
     assert (spec.name, spec.num_embeddings) == ("w", 30)
+
+
+def test_bug_plan_took_every_matrix_of_a_model_for_a_table(tmp_path, capsys):
+    """Which are tables is what ``compress`` says, too."""
+    save_file({"users.weight": torch.zeros(30, 4), "mlp.weight": torch.zeros(8, 4)}, tmp_path / "w.safetensors")
+    save_file({"users.weight": torch.zeros(30, 4), "mlp.bias": torch.zeros(8)}, tmp_path / "m.safetensors")
+    for name, table in (("w", "users"), ("m", "users.weight")):
+        path = tmp_path / f"{name}.safetensors"
+        _, text, _ = run(capsys, "plan", path, "--strategy", "full", "--table", table, "--json")
+        assert [(row["table"], row["num_embeddings"]) for row in json.loads(text)["tables"]] == [("users", 30)]
+    code, _, error = run(capsys, "plan", tmp_path / "m.safetensors")
+    assert code == 2
+    assert "by --table NAME" in error
+    code, _, error = run(capsys, "plan", write(tmp_path, "t.json", '{"user": 9}'), "--table", "user")
+    assert code == 2
+    assert "--table chooses among the matrices of a file of weights" in error
 
 
 def test_plan_puts_strategies_side_by_side(tmp_path, capsys):
@@ -196,6 +228,7 @@ def test_strategies_lists_what_each_can(capsys):
         ("t.pt", "no pickle", "can't be read"),
         ("t.xls", "", "not known"),
         ("t.json", "{}", "no table"),
+        ("t.json", '{"user": {"size": 5000, "dimm": 8}}', "did you mean 'dim'"),
     ],
 )
 def test_wrong_sources_are_errors_that_say_what_would_be_right(tmp_path, capsys, name, content, message):

@@ -171,20 +171,73 @@ def fail_to_save(rank, world_size, case, folder):
         return str(error)
 
 
-def look_bags_up(rank, world_size, strategy):
-    """A collection whose bags differ in number from process to process."""
+def collections(strategy):
+    """Bags of compressed tables, and a plain collection beside them, which stays plain."""
     import torchrec
 
     torch.manual_seed(0)
-    tables = [
+    bags = [
         torchrec.EmbeddingBagConfig(name=f"t{i}", embedding_dim=8, num_embeddings=60, feature_names=[f"f{i}"])
         for i in range(2)
     ]
-    model = nn.Sequential(torchrec.EmbeddingBagCollection(tables))
-    embcomp.compress_(model, strategy, None if strategy == "full" else "60%", verbose=False)
-    generator = torch.Generator().manual_seed(rank)
-    lengths = torch.randint(0, 3, (2 * (rank + 2),), generator=generator)
+    plain = [torchrec.EmbeddingConfig(name="p", embedding_dim=8, num_embeddings=60, feature_names=["f0"])]
+    model = nn.ModuleDict({"bags": torchrec.EmbeddingBagCollection(bags), "plain": torchrec.EmbeddingCollection(plain)})
+    budget = None if strategy == "full" else "60%"
+    embcomp.compress_(model, {"bags.*": strategy}, budget, verbose=False)
+    return Both(model)
+
+
+class Both(nn.Module):
+    """Pooled vectors of the bags ``(B, 16)``, and vectors of the first feature's ids ``(N, 8)``."""
+
+    def __init__(self, parts):
+        super().__init__()
+        self.bags, self.plain = parts["bags"], parts["plain"]
+
+    def forward(self, features):
+        return self.bags(features).values(), self.plain(features)["f0"].values()
+
+
+def bags_of(seed, bags):
+    import torchrec
+
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 3, (2 * bags,), generator=generator)
     values = torch.randint(0, 60, (int(lengths.sum()),), generator=generator)
-    features = torchrec.KeyedJaggedTensor(["f1", "f0"], values, lengths=lengths)
-    wanted = model(features).values().tolist()
-    return wanted, sharding.distribute(model, "sgd", RATE)(features).values().tolist()
+    return torchrec.KeyedJaggedTensor(["f1", "f0"], values, lengths=lengths)
+
+
+def sums_of(model, optimizers, parts, steps=10):
+    """Train on the mean over processes of what is told of each; return what is told of each part at each step."""
+    told = []
+    for step in range(steps):
+        losses = []
+        for rank in parts:
+            pooled, vectors = model(bags_of(100 * step + rank, rank + 2))
+            losses.append(pooled.square().sum() + (vectors - 1).square().sum())
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        sum(losses).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        told.append([loss.item() for loss in losses])
+    return told
+
+
+def train_on_bags(rank, world_size, strategy):
+    """What is looked up before training, sharded and not, and losses of bags that differ in number by process."""
+    model = collections(strategy)
+    features = bags_of(rank, rank + 2)
+    wanted = [part.tolist() for part in model(features)]
+    model = sharding.distribute(model, "sgd", RATE)
+    found = [part.tolist() for part in model(features)]
+    plain = model.module.plain.embeddings["p"].weight
+    dense = list(sharding.dense_parameters(model))
+    losses = sums_of(model, [torch.optim.SGD(dense, lr=RATE)], [rank])
+    return wanted, found, any(plain is parameter for parameter in dense), [loss for (loss,) in losses]
+
+
+def bags_alone(strategy, world_size):
+    """The losses of `train_on_bags`, in one process: gradients are means over processes."""
+    model = collections(strategy)
+    return sums_of(model, [torch.optim.SGD(model.parameters(), lr=RATE / world_size)], list(range(world_size)))

@@ -17,14 +17,15 @@ from tests.integrations.sharded import (
     CASES,
     alone,
     answers,
+    bags_alone,
     fail_to_save,
     load_and_answer,
-    look_bags_up,
     model_of,
     refusals,
     save_and_die,
     train,
     train_and_save,
+    train_on_bags,
 )
 
 pytestmark = pytest.mark.torchrec
@@ -39,6 +40,7 @@ HASH.remove(("hash", "rowwise_adagrad", "column_wise", 8))  # each part of a row
     ("world_size", "plans"),
     [
         (2, [*HASH, *((case, "rowwise_adagrad", "row_wise", 6) for case in CASES)]),
+        (2, [(case, "sgd", kind, 8) for case in CASES for kind in KINDS if kind not in ("row_wise", None)]),
         (4, [*HASH, *((case, "sgd", "row_wise", 6) for case in CASES)]),
     ],
 )
@@ -107,11 +109,15 @@ def test_every_process_hears_that_a_checkpoint_was_not_written(tmp_path):
     assert all("was not saved" in text for text in told)
 
 
-@pytest.mark.parametrize("strategy", ["full", "quantize"])
-def test_bags_that_differ_from_process_to_process(strategy):
-    for wanted, found in run_workers(look_bags_up, 2, strategy):
-        for row, own in zip(found, wanted, strict=True):
-            assert row == pytest.approx(own, abs=1e-6)
+@pytest.mark.parametrize("strategy", ["full", "quantize", "hash"])
+def test_bags_that_differ_from_process_to_process_beside_a_plain_collection(strategy):
+    alone, ranks = bags_alone(strategy, 2), run_workers(train_on_bags, 2, strategy)
+    for rank, (wanted, found, is_dense, losses) in enumerate(ranks):
+        for part, own in zip(found, wanted, strict=True):
+            for row, one in zip(part, own, strict=True):
+                assert row == pytest.approx(one, abs=1e-6)
+        assert is_dense  # FBGEMM would train it by an optimizer that nobody asked for
+        assert losses == pytest.approx([told[rank] for told in alone], rel=1e-5)
 
 
 def test_a_plan_says_the_bytes_of_each_rank_before_anything_is_started():

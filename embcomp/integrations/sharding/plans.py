@@ -31,6 +31,8 @@ from embcomp.swap import groups_of
 SHARDINGS = tuple(EmbeddingCollectionSharder().sharding_types("cpu"))
 """Ways of cutting a table that TorchRec has for collections of rows."""
 REPLICATED, ROW_WISE = ShardingType.DATA_PARALLEL.value, ShardingType.ROW_WISE.value
+_CHOSEN = (ShardingType.TABLE_WISE.value, ROW_WISE)
+"""Ways that the planner chooses among: with them losses are those of one process, whatever the optimizer."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,9 @@ def plan_sharding(
     Args:
         model: with compressed tables, which may be on ``meta``.
         world_size: number of processes.
-        sharding: one of `SHARDINGS` for all tables, or name of `stored_tables` -> one of them; the planner chooses for
-            the others, ``"data_parallel"`` aside. Tables of too few rows to give each process some are placed whole
-            where ``"row_wise"`` is asked for.
+        sharding: one of `SHARDINGS` for all tables, or name of `stored_tables` -> one of them; for the others the
+            planner chooses between ``"table_wise"`` and ``"row_wise"``. Tables of too few rows to give each process
+            some are placed whole where ``"row_wise"`` is asked for.
         device: type of the devices, ``"cpu"`` or ``"cuda"``.
         local_world_size: processes on one machine; None for what torchrun says where it started this process, as
             `distribute` takes it, or all.
@@ -118,7 +120,7 @@ def plan_sharding(
     planner = make_planner(wanted, world_size, local_world_size, device)
     replicated = replicated_tables(wanted)
     try:
-        plan = planner.plan(_skeleton(model, replicated), [EmbeddingCollectionSharder()])
+        plan = planner.plan(skeleton(model, replicated), [EmbeddingCollectionSharder()])
     except PlannerError as error:
         raise ConfigError(
             f"TorchRec's planner finds no place for the rows in {world_size} processes: {error}"
@@ -148,8 +150,7 @@ def wanted_shardings(
                 f"sharding: {', '.join(own)} are one matrix, so {REPLICATED!r} is for all of them or none, and it was "
                 f"given for {', '.join(kept)}"
             )
-    others = [kind for kind in SHARDINGS if kind != REPLICATED]
-    wanted = {name: [given[name]] if name in given else others for name in names}
+    wanted = {name: [given[name]] if name in given else list(_CHOSEN) for name in names}
     for _, store, own in stores_of(model):
         for name, rows in zip(own, store.segments, strict=True):
             if (world_size - 1) * -(-rows // world_size) >= rows:
@@ -183,6 +184,22 @@ def make_planner(
     return EmbeddingShardingPlanner(topology, constraints=constraints, storage_reservation=reservation)
 
 
+def skeleton(model: nn.Module, replicated: Collection[str]) -> nn.Module:
+    """The compressed rows that are sharded, and nothing else of a model: on ``meta``, in their places."""
+    bare = nn.Module()
+    for path, store, names in stores_of(model):
+        if set(names) <= set(replicated):
+            continue
+        owner = bare
+        for name in path.split("."):
+            if not hasattr(owner, name):
+                owner.add_module(name, nn.Module())
+            owner = owner.get_submodule(name)
+        weight = torch.empty(store.num_rows, store.dim, device="meta")
+        owner.add_module("elsewhere", ShardableRows(store, weight, names))
+    return bare
+
+
 # ---- inside ---------------------------------------------------------------------------------------------------------
 
 
@@ -192,22 +209,6 @@ def _check_processes(world_size: int, local_world_size: int) -> None:
             f"world_size={world_size} and local_world_size={local_world_size}: give the number of processes, at least "
             "one, and how many of them are on each machine, which must divide it"
         )
-
-
-def _skeleton(model: nn.Module, replicated: Collection[str]) -> nn.Module:
-    """The rows that will be sharded, on ``meta``, in their places."""
-    skeleton = nn.Module()
-    for path, store, names in stores_of(model):
-        if set(names) <= set(replicated):
-            continue
-        owner = skeleton
-        for name in path.split("."):
-            if not hasattr(owner, name):
-                owner.add_module(name, nn.Module())
-            owner = owner.get_submodule(name)
-        weight = torch.empty(store.num_rows, store.dim, device="meta")
-        owner.add_module("elsewhere", ShardableRows(store, weight, names))
-    return skeleton
 
 
 def _reported(model: nn.Module, plan: ShardingPlan, world_size: int, replicated: Collection[str]) -> ShardingReport:

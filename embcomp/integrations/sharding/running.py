@@ -21,6 +21,7 @@ from embcomp.integrations.sharding.plans import (
     local_processes,
     make_planner,
     replicated_tables,
+    skeleton,
     wanted_shardings,
 )
 from embcomp.integrations.sharding.rows import ShardableRows, shardable_, stores_of
@@ -46,7 +47,9 @@ def distribute(
 ) -> DistributedModelParallel:
     """Shard the compressed tables of a model over the processes of a group; called in each of them.
 
-    All processes must hold the same model: build it from one seed, or load it from one folder.
+    All processes must hold the same model: build it from one seed, or load it from one folder. What else is in it,
+    TorchRec's collections that were left as they are among it, has a copy in every process, whose gradients are
+    averaged; for models that are sharded together with such collections, see `shardable_`.
 
     Args:
         model: with compressed tables.
@@ -81,8 +84,9 @@ def distribute(
     group = group or dist.group.WORLD
     assert group is not None
     wanted = wanted_shardings(model, sharding, group.size())
-    _check_replicated(model, replicated_tables(wanted))
-    shardable_(model, replicated_tables(wanted))
+    replicated = replicated_tables(wanted)
+    _check_replicated(model, replicated)
+    shardable_(model, replicated)
     for _, store, _ in stores_of(model):
         store.processes, rows = group.size(), store.elsewhere
         if isinstance(rows, ShardableRows):
@@ -92,7 +96,7 @@ def distribute(
             _apply_optimizer_in_backward(OPTIMIZERS[optimizer], rows.parameters(), {"lr": rate, **options})
     planner = make_planner(wanted, group.size(), local_processes(group.size()), device.type)
     sharders: list[Any] = [EmbeddingCollectionSharder()]
-    plan = planner.collective_plan(model, sharders, group)
+    plan = planner.collective_plan(skeleton(model, replicated), sharders, group)
     return DistributedModelParallel(
         model, env=ShardingEnv.from_process_group(group), device=device, plan=plan, sharders=sharders
     )
