@@ -5,7 +5,7 @@ Shapes: ``F`` features, ``B`` batch, ``N`` ids of all bags together, ``D`` dimen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,26 @@ class _Lookup(nn.Module):
         repeats = torch.tensor(features.length_per_key(), device=self.columns.device)
         return torch.repeat_interleave(self.columns, repeats, output_size=features.values().numel())
 
+    def rounds(self, features: KeyedJaggedTensor) -> Iterator[tuple[dict[int, int], Tensor, Tensor]]:
+        """For graphs, which fail on sizes that hang on lengths: all ids of the batch, of other features as ids 0.
+
+        Yields:
+            place among the keys of the output -> which feature of the batch it is of, ids ``(N,)``, and which table of
+            the group each is of, int64 ``(N,)``: once, and again for features that are in several tables.
+        """
+        keys, ids, columns = list(features.keys()), features.values(), self.columns.tolist()
+        repeats = features.lengths().view(len(keys), -1).sum(1)
+        waiting = list(range(len(self.features)))
+        while waiting:
+            now = {keys.index(self.features[slot]): slot for slot in reversed(waiting)}
+            waiting = [slot for slot in waiting if slot not in now.values()]
+            owner = torch.tensor(
+                [columns[now[key]] if key in now else -1 for key in range(len(keys))], device=ids.device
+            )
+            column = torch.repeat_interleave(owner, repeats, output_size=ids.numel())
+            answered = {self.places[slot]: key for key, slot in now.items()}
+            yield answered, torch.where(column < 0, 0, ids), column.clamp_min(0)
+
 
 class _Compressed(nn.Module):
     """What both collections have in common.
@@ -116,38 +136,49 @@ class _Compressed(nn.Module):
     def _lookups(self) -> list[_Lookup]:
         return [lookup for lookup in self.lookups if isinstance(lookup, _Lookup)]
 
-    def _checked(self, features: KeyedJaggedTensor, weighted: bool = False) -> KeyedJaggedTensor:
-        kjt: KeyedJaggedTensor = maybe_td_to_kjt(features, None)
-        known = kjt.keys()
-        if missing := [name for name in self.feature_names if name not in known]:
-            raise InputError(
-                f"the KeyedJaggedTensor lacks features {', '.join(map(repr, missing))}; it has "
-                f"{', '.join(map(repr, known)) or 'none'}, and this collection looks {', '.join(self.feature_names)} up"
-            )
-        if weighted and kjt.weights_or_none() is None:
-            raise InputError(
-                "the collection is weighted (is_weighted=True), and the KeyedJaggedTensor has no weights: give "
-                "weights=, one float per value"
-            )
-        weights, number = kjt.weights_or_none(), kjt.values().numel()
-        if weights is not None and weights.numel() != number:
-            raise InputError(
-                f"the KeyedJaggedTensor has {number} values and {weights.numel()} weights: give one float per value"
-            )
-        if len(set(known)) < len(known):
-            raise InputError(f"the KeyedJaggedTensor has a feature twice: {', '.join(map(repr, known))}")
-        if not kjt.variable_stride_per_key() and kjt.lengths().numel() % len(known):
-            raise InputError(
-                f"the KeyedJaggedTensor has {kjt.lengths().numel()} lengths for {len(known)} features: give as many of "
-                "each"
-            )
-        if not torch.compiler.is_compiling() and kjt.values().device.type == "cpu":
-            total = int(kjt.lengths().sum())
-            if total != number:
-                raise InputError(f"the KeyedJaggedTensor has {number} values, and lengths that add up to {total}")
-            if kjt.lengths().numel() and int(kjt.lengths().min()) < 0:
-                raise InputError("the KeyedJaggedTensor has a negative length")
-        return kjt
+
+def checked(features: KeyedJaggedTensor, wanted: Sequence[str], weighted: bool) -> KeyedJaggedTensor:
+    """Check that a ``KeyedJaggedTensor`` has the features of a collection, and is one whole.
+
+    Args:
+        features: of ids; a ``TensorDict`` is turned into one.
+        wanted: names of the collection's features.
+        weighted: whether it needs weights.
+
+    Raises:
+        InputError: if a feature or the weights are missing, a feature is there twice, or numbers of lengths, values and
+            weights do not go together.
+    """
+    kjt: KeyedJaggedTensor = maybe_td_to_kjt(features, None)
+    known = kjt.keys()
+    if missing := [name for name in wanted if name not in known]:
+        raise InputError(
+            f"the KeyedJaggedTensor lacks features {', '.join(map(repr, missing))}; it has "
+            f"{', '.join(map(repr, known)) or 'none'}, and this collection looks {', '.join(wanted)} up"
+        )
+    if weighted and kjt.weights_or_none() is None:
+        raise InputError(
+            "the collection is weighted (is_weighted=True), and the KeyedJaggedTensor has no weights: give "
+            "weights=, one float per value"
+        )
+    weights, number = kjt.weights_or_none(), kjt.values().numel()
+    if weights is not None and weights.numel() != number:
+        raise InputError(
+            f"the KeyedJaggedTensor has {number} values and {weights.numel()} weights: give one float per value"
+        )
+    if len(set(known)) < len(known):
+        raise InputError(f"the KeyedJaggedTensor has a feature twice: {', '.join(map(repr, known))}")
+    if not kjt.variable_stride_per_key() and kjt.lengths().numel() % len(known):
+        raise InputError(
+            f"the KeyedJaggedTensor has {kjt.lengths().numel()} lengths for {len(known)} features: give as many of each"
+        )
+    if not torch.compiler.is_compiling() and kjt.values().device.type == "cpu":
+        total = int(kjt.lengths().sum())
+        if total != number:
+            raise InputError(f"the KeyedJaggedTensor has {number} values, and lengths that add up to {total}")
+        if kjt.lengths().numel() and int(kjt.lengths().min()) < 0:
+            raise InputError("the KeyedJaggedTensor has a negative length")
+    return kjt
 
 
 class CompressedEmbeddingBagCollection(_Compressed, EmbeddingBagCollectionInterface):
@@ -175,7 +206,12 @@ class CompressedEmbeddingBagCollection(_Compressed, EmbeddingBagCollectionInterf
                 and weights do not go together.
             UnseenIdError: if an id is outside its table, and the tables' policy is to say so.
         """
-        features = self._checked(features, self._is_weighted)
+        features = checked(features, self.feature_names, self._is_weighted)
+        exporting = torch.compiler.is_exporting() and not features.variable_stride_per_key()
+        pieces = self._traced(features) if exporting else self._pooled(features)
+        return KeyedTensor(self.keys, self._lengths, torch.cat(pieces, dim=1))
+
+    def _pooled(self, features: KeyedJaggedTensor) -> list[Tensor]:
         pieces: list[Tensor] = [torch.empty(0)] * len(self.keys)
         for lookup in self._lookups():
             own = lookup.own(features)
@@ -185,7 +221,19 @@ class CompressedEmbeddingBagCollection(_Compressed, EmbeddingBagCollectionInterf
             for place, name, part in zip(lookup.places, lookup.features, rows, strict=True):
                 index = _inverse(features, name)
                 pieces[place] = part if index is None else part.index_select(0, index)
-        return KeyedTensor(self.keys, self._lengths, torch.cat(pieces, dim=1))
+        return pieces
+
+    def _traced(self, features: KeyedJaggedTensor) -> list[Tensor]:
+        pieces: list[Tensor] = [torch.empty(0)] * len(self.keys)
+        weights = features.weights() if self._is_weighted else None
+        bounds = nn.functional.pad(features.lengths().cumsum(0), (1, 0))  # without FBGEMM, which may not be there
+        for lookup in self._lookups():
+            for places, ids, column in lookup.rounds(features):
+                pooled = lookup.tables.bag(ids, bounds, column, weights, lookup.mode, True)
+                rows = pooled.view(len(features.keys()), -1, pooled.shape[1])
+                for place, key in places.items():
+                    pieces[place] = rows[key]
+        return pieces
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The configs of the tables, as they were."""
@@ -222,7 +270,12 @@ class CompressedEmbeddingCollection(_Compressed, EmbeddingCollectionInterface):
             InputError: if a feature is missing, or lengths do not add up to the values.
             UnseenIdError: if an id is outside its table, and the tables' policy is to say so.
         """
-        features = self._checked(features)
+        features = checked(features, self.feature_names, weighted=False)
+        exporting = torch.compiler.is_exporting() and not features.variable_stride_per_key()
+        found = self._traced(features) if exporting else self._found(features)
+        return {key: found[place] for place, key in enumerate(self.keys)}
+
+    def _found(self, features: KeyedJaggedTensor) -> dict[int, JaggedTensor]:
         found: dict[int, JaggedTensor] = {}
         for lookup in self._lookups():
             own = lookup.own(features)
@@ -231,7 +284,19 @@ class CompressedEmbeddingCollection(_Compressed, EmbeddingCollectionInterface):
             lengths = own.lengths().split(own.stride_per_key())
             for place, rows, its_ids, its_lengths in zip(lookup.places, vectors, ids, lengths, strict=True):
                 found[place] = JaggedTensor(rows, its_ids if self._need_indices else None, its_lengths)
-        return {key: found[place] for place, key in enumerate(self.keys)}
+        return found
+
+    def _traced(self, features: KeyedJaggedTensor) -> dict[int, JaggedTensor]:
+        found: dict[int, JaggedTensor] = {}
+        sizes, lengths = features.length_per_key(), features.lengths().view(len(features.keys()), -1)
+        own_ids = features.values().split(sizes)
+        for lookup in self._lookups():
+            for places, ids, column in lookup.rounds(features):
+                vectors = lookup.tables(ids, column).split(sizes)
+                for place, key in places.items():
+                    its_ids = own_ids[key] if self._need_indices else None
+                    found[place] = JaggedTensor(vectors[key], its_ids, lengths[key])
+        return found
 
     def embedding_configs(self) -> list[EmbeddingConfig]:
         """The configs of the tables, as they were."""

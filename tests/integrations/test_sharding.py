@@ -23,6 +23,7 @@ from tests.integrations.sharded import (
     model_of,
     refusals,
     save_and_die,
+    save_in_a_group,
     train,
     train_and_save,
     train_on_bags,
@@ -60,6 +61,15 @@ def test_tables_that_processes_could_not_train_are_refused(tmp_path):
     for meta, sparse in told:
         assert "are on 'meta', without values" in meta
         assert "sparse=False" in sparse
+
+
+def test_groups_of_some_processes(tmp_path):
+    (_, wanted), (refused, same), (also, _) = run_workers(save_in_a_group, 3, tmp_path)
+    assert "the group is of processes [1, 2]" in refused
+    assert "take a group of processes 0 to 1" in also
+    model = model_of("hash")
+    embcomp.load_pretrained_(model, tmp_path, verbose=False)
+    assert answers(model) == pytest.approx(wanted, abs=1e-6) == pytest.approx(same, abs=1e-6)
 
 
 def test_what_cannot_be_sharded_says_so_by_name():

@@ -22,7 +22,7 @@ from torchrec import (  # noqa: E402
     PoolingType,
 )
 
-from embcomp.integrations.export import export_pt2  # noqa: E402
+from embcomp.integrations.export import export_onnx, export_pt2  # noqa: E402
 from embcomp.integrations.torchrec import (  # noqa: E402
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingCollection,
@@ -279,11 +279,50 @@ def test_a_quantized_collection_is_compared_with_and_refused():
         embcomp.compress_(theirs, "full")
 
 
-def test_a_model_that_takes_a_jagged_tensor_is_not_exported_whole_and_says_what_is(tmp_path):
-    model = nn.Sequential(bags())
-    handle = embcomp.compress_(model, "full", verbose=False)
-    handle.finalize_()
-    features = KeyedJaggedTensor(["a", "b", "c"], torch.tensor([1, 2, 3]), lengths=torch.tensor([1, 1, 1]))
-    with pytest.raises(embcomp.ExportError, match=r"KeyedJaggedTensor: give dynamic_shapes=.* handle\.tables\[0\]"):
-        export_pt2(handle, tmp_path / "t.pt2", example=(features,))
-    assert not list(tmp_path.iterdir())
+class Net(nn.Module):
+    """Logits of dense values and of what a collection finds."""
+
+    def __init__(self, collection, width):
+        super().__init__()
+        self.sparse, self.out = collection, nn.Linear(width + 2, 1)
+
+    def forward(self, dense, features):
+        found = self.sparse(features)
+        if isinstance(found, dict):
+            pooled = [
+                torch.segment_reduce(jagged.values(), "sum", lengths=jagged.lengths()) for jagged in found.values()
+            ]
+            return self.out(torch.cat([dense, *pooled], dim=1))
+        return self.out(torch.cat([dense, found.values()], dim=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "keys"),
+    [
+        *((name, "full", "abc") for name in MODELS),
+        *(("bags", strategy, "abc") for strategy in ("hash", "compositional", "low_rank", "optembed", "dynamic")),
+        ("bags", HashConfig(rows="int4:row", unseen="hash"), "cab"),
+    ],
+)
+def test_models_that_take_a_jagged_tensor_are_exported_whole(tmp_path, name, config, keys):
+    model = Net(MODELS[name](), 16 if "sequences" in name else 18)
+    budget = None if config in ("full", "optembed") else "60%"
+    handle = embcomp.compress_(model, config, budget, verbose=False).finalize_()
+    weighted = "weighted" in name
+    example = (torch.randn(5, 2), batch(keys, weighted=weighted))
+    model.eval()(*example)  # the example has offsets now, which those below have not
+    with pytest.raises(embcomp.ExportError, match="ONNX has no KeyedJaggedTensor"):
+        export_onnx(handle, tmp_path / "t.onnx", example=example)
+    exported = export_pt2(handle, tmp_path / "t.pt2", example=example)
+    program = torch.export.load(exported.path)
+    assert "fbgemm" not in str(program.graph)
+    served = program.module()
+    last = KeyedJaggedTensor(  # the last ids of their tables, beyond the end of others
+        list(keys), torch.tensor([dict(a=39, b=39, c=29)[key] for key in keys]), torch.ones(3), torch.ones(3).long()
+    )
+    none = KeyedJaggedTensor(list(keys), torch.empty(0).long(), torch.empty(0), torch.zeros(6).long())
+    for features in (*(batch(keys, size, weighted=weighted, seed=size) for size in (1, 2, 9)), last, none):
+        if not weighted:
+            features = KeyedJaggedTensor(features.keys(), features.values(), lengths=features.lengths())
+        given = (torch.randn(features.stride(), 2), features)
+        torch.testing.assert_close(served(*given), model(*given), rtol=1e-6, atol=1e-6)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from embcomp._checkpoint import digest_of, sealed
 from embcomp.config import strategy_of
-from embcomp.errors import ExportError
+from embcomp.errors import ExportError, did_you_mean
 from embcomp.integrations.export.fbgemm_file import (
     BITS,
     DIGEST,
@@ -92,31 +92,41 @@ def load_fbgemm(
     path: str | Path,
     features: Mapping[str, Sequence[str]] | None = None,
     *,
-    pooling: str = "sum",
+    tables: Sequence[str] | None = None,
+    pooling: str | Mapping[str, str] = "sum",
     is_weighted: bool = False,
     device: torch.device | str = "cpu",
 ) -> QuantizedTables:
-    """Make a TorchRec quantized ``EmbeddingBagCollection`` of a file that `export_fbgemm` wrote.
+    """Make a TorchRec quantized collection of a file that `export_fbgemm` wrote.
 
     Args:
         path: the file.
         features: table name -> names of the features that look it up; None for a feature of each table's name.
-        pooling: ``"sum"`` or ``"mean"``.
+        tables: names of those that are wanted, such as those of one of a model's collections; None for all.
+        pooling: ``"sum"`` or ``"mean"``, of all tables or of each by name, for an ``EmbeddingBagCollection``;
+            ``"none"`` for an ``EmbeddingCollection``, with a vector per id.
         is_weighted: whether bags have weights.
         device: ``"cpu"``, where rows lie without a gap, or CUDA, where FBGEMM wants them at multiples of 16 bytes.
 
     Raises:
         IncompatibleStateError: if the file is missing, corrupt, foreign or from the future: its SHA-256 digests, which
             older files lack, and the names, dtypes and shapes of its tensors are checked before anything is built.
-        ExportError: if ``pooling`` is ``"mean"`` and a table has padding, which FBGEMM would count, or features are of
-            no table.
+        ExportError: if ``pooling`` is ``"mean"`` and the table has padding, which FBGEMM would count, tables,
+            features or poolings are of no table, or there are weights without pooling.
         MissingDependencyError: without TorchRec.
     """
     from embcomp.integrations.export.quantized import QuantizedTables
 
-    content, tables, state = read_tables(Path(path))
+    content, found, state = read_tables(Path(path))
+    names = [table.name for table in found]
+    for name in tables or ():
+        if name not in names:
+            raise ExportError(f"{path} has no table {name!r}; {did_you_mean(name, names)}")
+    chosen = [table for table in found if tables is None or table.name in tables]
+    if not chosen:
+        raise ExportError(f"tables=[] chooses none of {', '.join(names)}")
     unseen, seed = content["unseen"], content["seed"]
-    return QuantizedTables(tables, state, unseen, seed, features, pooling, is_weighted, torch.device(device))
+    return QuantizedTables(chosen, state, unseen, seed, features, pooling, is_weighted, torch.device(device))
 
 
 def _rows_of(tables: EmbeddingTables, index: int) -> tuple[str, dict[str, Tensor]]:

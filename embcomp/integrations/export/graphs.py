@@ -19,6 +19,7 @@ from torch import nn
 from torch._inductor import cpp_builder
 from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 from torch.export import ExportedProgram
+from torch.fx.experimental import _config as symbolic_shapes
 
 from embcomp.errors import ExportError
 from embcomp.integrations.export.files import Exported, whole_file
@@ -60,6 +61,7 @@ def export_pt2(
     subject = make_subject(model, table, bag, example, dynamic_shapes)
     with whole_file(path, ".pt2", overwrite) as unfinished:
         program = capture(subject)
+        program.example_inputs = None  # they would be in the file, and a KeyedJaggedTensor as a pickle
         with _PatientFile(unfinished, "wb") as file:
             torch.export.save(program, file)
             if file.error is not None:
@@ -131,7 +133,8 @@ def capture(subject: Subject) -> ExportedProgram:
         ExportError: if `torch.export` can't follow it.
     """
     try:
-        with torch.no_grad():
+        # or else a batch of one would be another graph wherever an operation asks whether a size is one
+        with torch.no_grad(), symbolic_shapes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             return torch.export.export(subject.module, subject.example, dynamic_shapes=subject.dynamic_shapes)
     except (RuntimeError, ValueError, TypeError, torch._dynamo.exc.TorchDynamoException) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

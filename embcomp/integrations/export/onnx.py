@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from embcomp.errors import ExportError, MissingDependencyError
 from embcomp.integrations.export.files import Exported, whole_file
 from embcomp.integrations.export.graphs import capture, quiet, told
-from embcomp.integrations.export.subjects import Subject, check_on_cpu, make_subject, twin_of
+from embcomp.integrations.export.subjects import Subject, check_on_cpu, is_keyed, make_subject, twin_of
 from embcomp.sites import find_groups
 from embcomp.storage import RowStore
 from embcomp.swap import Compression
@@ -66,14 +66,19 @@ def export_onnx(
         overwrite: as `export_pt2`.
 
     Raises:
-        ExportError: as `export_pt2`, if the model has an operation that ONNX or ONNX Runtime lacks, which is named, or
-            takes 2 GiB or more.
+        ExportError: as `export_pt2`, if the model has an operation that ONNX or ONNX Runtime lacks, which is named,
+            takes a ``KeyedJaggedTensor``, or 2 GiB or more.
         InputError: if there is no such table.
         MissingDependencyError: without ``embcomp[serve]``.
     """
     runtime = _packages()
     subject = make_subject(model, table, bag, example, dynamic_shapes)
     check_on_cpu(subject, "ONNX")
+    if any(is_keyed(value) for value in subject.example):
+        raise ExportError(
+            "ONNX has no KeyedJaggedTensor: use 'pt2' or 'aoti', or export the groups of tables, such as "
+            "handle.tables[0], with bag="
+        )
     if subject.serve_bytes > _LARGEST:
         raise ExportError(f"an ONNX file holds 2 GiB at most, and these tables take {subject.serve_bytes} B: use 'pt2'")
     with whole_file(path, ".onnx", overwrite) as unfinished:

@@ -6,13 +6,14 @@ Shapes: ``B`` batch, ``N`` ids, ``T`` tables of the group, ``D`` dimension.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from embcomp.config import strategy_of
 from embcomp.errors import ExportError
@@ -136,16 +137,10 @@ def make_subject(
         )
     if not isinstance(example, tuple | list):
         raise ExportError(f"example must be a tuple of the model's arguments, not a {type(example).__name__}")
+    given: tuple[Any, ...] = tree_map(_as_made, tuple(example), is_leaf=is_keyed)
     if dynamic_shapes is None:
-        try:
-            dynamic_shapes = tree_map(_first_is_dynamic, tuple(example))
-        except (AttributeError, TypeError) as error:
-            raise ExportError(
-                "example= has arguments that are not made of tensors alone, such as a KeyedJaggedTensor: give "
-                "dynamic_shapes=, as torch.export takes them, or export the groups of tables, such as "
-                "handle.tables[0], or a model that takes ids and offsets"
-            ) from error
-    return Subject(twin_of(model).eval(), tuple(example), dynamic_shapes)
+        dynamic_shapes = _first_dimensions(given)
+    return Subject(twin_of(model).eval(), given, dynamic_shapes)
 
 
 def twin_of(module: _Module) -> _Module:
@@ -177,6 +172,12 @@ def check_on_cpu(subject: Subject, kind: str) -> None:
             raise ExportError(f"{kind} files are made on the CPU, and {name} is on {tensor.device}: call .cpu() first")
 
 
+def is_keyed(value: Any) -> bool:
+    """Whether it is a ``KeyedJaggedTensor``, of which there is none before TorchRec is imported."""
+    known = sys.modules.get("torchrec.sparse.jagged_tensor")
+    return known is not None and isinstance(value, known.KeyedJaggedTensor)
+
+
 def _lookup_of(tables: EmbeddingTables, table: str | int | None, bag: str | None) -> Subject:
     index, tables = None if table is None else tables.index_of(table), twin_of(tables)
     device = tables.get_buffer("_sizes").device
@@ -196,6 +197,17 @@ def _lookup_of(tables: EmbeddingTables, table: str | int | None, bag: str | None
     return Subject(BagLookup(tables, index or 0, bag).eval(), (ids, offsets), shapes, ("ids", "offsets"), ("vectors",))
 
 
-def _first_is_dynamic(value: Any) -> Mapping[int, Any] | None:
-    """The batch, of everything that has one."""
-    return {0: torch.export.Dim.DYNAMIC} if isinstance(value, Tensor) and value.dim() else None
+def _first_dimensions(example: tuple[Any, ...]) -> torch.export.ShapesCollection:
+    """The first dimension of every tensor may change, of those in a ``KeyedJaggedTensor`` too."""
+    shapes = torch.export.ShapesCollection()
+    for value in tree_leaves(example):
+        if isinstance(value, Tensor) and value.dim():
+            shapes[value] = {0: torch.export.Dim.DYNAMIC}
+    return shapes
+
+
+def _as_made(value: Any) -> Any:
+    """Without the offsets that a ``KeyedJaggedTensor`` keeps once it is looked up: files would want them of all."""
+    if not is_keyed(value) or value.variable_stride_per_key() or value.lengths_or_none() is None:
+        return value
+    return type(value)(value.keys(), value.values(), value.weights_or_none(), lengths=value.lengths())

@@ -58,7 +58,7 @@ def distribute(
         learning_rate: of it.
         sharding: see `plan_sharding`.
         device: of this process.
-        group: None for the default one.
+        group: of processes 0 to n - 1; None for the default one.
         options: of the optimizer, such as ``eps``.
 
     Returns:
@@ -66,7 +66,8 @@ def distribute(
 
     Raises:
         ConfigError: as `plan_sharding`, for an unknown optimizer, where there is no process group, for tables on
-            ``meta``, for copies of rows with row-sparse gradients, or where ``device`` is another GPU than the current.
+            ``meta``, for copies of rows with row-sparse gradients, where ``device`` is another GPU than the current, or
+            for a group of other processes.
     """
     if optimizer not in OPTIMIZERS:
         raise ConfigError(f"optimizer={optimizer!r}; {did_you_mean(optimizer, OPTIMIZERS)}")
@@ -83,6 +84,11 @@ def distribute(
         )
     group = group or dist.group.WORLD
     assert group is not None
+    if (ranks := dist.get_process_group_ranks(group)) != list(range(len(ranks))):
+        raise ConfigError(
+            f"the group is of processes {ranks}: TorchRec places rows by rank, so take a group of processes 0 to "
+            f"{len(ranks) - 1}, in this order"
+        )
     wanted = wanted_shardings(model, sharding, group.size())
     replicated = replicated_tables(wanted)
     _check_replicated(model, replicated)

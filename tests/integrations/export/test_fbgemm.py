@@ -128,6 +128,50 @@ def test_bags_features_and_weights(tmp_path):
         load_fbgemm(path, {"itme": ["a"]})
 
 
+def test_it_takes_the_place_of_a_models_collection(tmp_path):
+    """Each table with the pooling and the features that it had, or a vector per id."""
+    modules = pytest.importorskip("torchrec")
+    shared = {"embedding_dim": 8, "num_embeddings": 30}
+    bags = modules.EmbeddingBagCollection(
+        [
+            modules.EmbeddingBagConfig(name="a", feature_names=["f", "g"], pooling=modules.PoolingType.MEAN, **shared),
+            modules.EmbeddingBagConfig(name="b", feature_names=["h"], **shared),
+        ]
+    )
+    rows = modules.EmbeddingCollection([modules.EmbeddingConfig(name="c", feature_names=["f", "h"], **shared)])
+    model = torch.nn.ModuleDict({"bags": bags, "rows": rows})
+    handle = embcomp.compress_(model, embcomp.FullConfig(rows="int4:row"), verbose=False).finalize_()
+    features = kjt(["h", "f", "g"], [[[1, 2], []], [[3, 4], [29]], [[0], [7, 7, 9]]])
+    wanted, vectors = model["bags"](features), model["rows"](features)
+    path = export_fbgemm(handle.tables[0], tmp_path / "t.safetensors").path
+    configs = bags.embedding_bag_configs()
+    names = {f"bags.embedding_bags.{config.name}": config for config in configs}
+    served = load_fbgemm(
+        path,
+        {name: config.feature_names for name, config in names.items()},
+        tables=list(names),
+        pooling={name: config.pooling.name.lower() for name, config in names.items()},
+    )
+    found = served(features)
+    assert found.keys() == wanted.keys()
+    torch.testing.assert_close(found.values(), wanted.values(), rtol=0, atol=1e-6)
+    served = load_fbgemm(path, {"rows.embeddings.c": ["f", "h"]}, tables=["rows.embeddings.c"], pooling="none")
+    found = served(features)
+    for key, own in vectors.items():
+        assert torch.equal(found[key].values(), own.values())
+        assert torch.equal(found[key].lengths(), own.lengths())
+    for options, message in (
+        ({"pooling": {"c": "sum"}}, "pooling says nothing of table"),
+        ({"pooling": dict.fromkeys([*names, "rows.embeddings.c", "d"], "sum")}, "pooling has no table 'd'"),
+        ({"pooling": "max"}, "pooling of table 'bags.embedding_bags.a': 'max'"),
+        ({"tables": ["a"]}, "has no table 'a'"),
+        ({"tables": []}, "chooses none of"),
+        ({"pooling": "none", "is_weighted": True}, "is_weighted=True needs pooling"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            load_fbgemm(path, **options)
+
+
 def test_tables_of_models_have_dots_in_their_names(tmp_path):
     """TorchRec's tables are modules, whose names can't have any."""
     tables = embcomp.build_tables([embcomp.TableSpec("tables.item ü", 9, 4)], "full").finalize_()
@@ -272,13 +316,20 @@ def test_bug_features_that_make_no_bags(tmp_path):
     def features(key="item", ids=ids, **options):
         return jagged_tensor.KeyedJaggedTensor([key], ids, lengths=lengths, **options)
 
+    def of(keys, lengths, **options):
+        return jagged_tensor.KeyedJaggedTensor(keys, ids, lengths=torch.tensor(lengths), **options)
+
     for collection, given, message in (
         (plain, features(ids=ids + 0.5), "must be int64, not torch.float32: call ids.long"),
         (plain, features("itme"), "lacks features 'item'; it has 'itme'"),
         (plain, features(ids=ids[:2]), "has 2 values, and lengths that add up to 3"),
-        (weighted, features(), "has weights none for 3 ids"),
-        (weighted, features(weights=torch.ones(2)), r"has weights torch.float32 \(2,\) for 3 ids"),
-        (weighted, features(weights=torch.ones(3, dtype=torch.int64)), "weights torch.int64"),
+        (weighted, features(), "has no weights: give weights=, one float per value"),
+        (weighted, features(weights=torch.ones(2)), "has 3 values and 2 weights"),
+        (weighted, features(weights=torch.ones(3, dtype=torch.int64)), "has torch.int64 weights: give floats"),
+        (plain, of(["item", "other"], [1, 1, 1]), "has 3 lengths for 2 features"),
+        (plain, of(["item"], [4, -1]), "has a negative length"),
+        (plain, of(["item", "item"], [2, 1]), "has a feature twice"),
+        (plain, of(["item", "other"], [1, 1, 1], stride_per_key_per_rank=[[2], [1]]), r"has \[2, 1\] bags of features"),
     ):
         with pytest.raises(InputError, match=message):
             collection(given)

@@ -1,5 +1,7 @@
 """Files of torch.export and packages of AOTInductor: the vectors of eager tables, and what is refused."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -72,7 +74,7 @@ def test_whole_models(tmp_path):
     model.train()
     exported = loaded(export_pt2(handle, tmp_path / "m.pt2", example=example).path)
     assert model.training  # it is as it was
-    for batch in (2, 13):
+    for batch in (1, 2, 13):
         inputs = (torch.randint(-(10**12), 10**12, (batch,)), torch.randint(50, (batch, 3)))
         assert torch.equal(exported(*inputs), model.eval()(*inputs))
 
@@ -80,7 +82,7 @@ def test_whole_models(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rows", "unseen"),
-    [("full", "int8:row", "error"), ("unified", "float32", "hash"), ("hash", "int4:column", "zero")],
+    [("full", "int8:row", "error"), ("hash", "int4:column", "zero")],
 )
 def test_aoti_has_the_same_vectors(name, rows, unseen, tmp_path):
     tables = build(name, rows=rows, unseen=unseen).finalize()
@@ -93,6 +95,30 @@ def test_aoti_has_the_same_vectors(name, rows, unseen, tmp_path):
     if unseen == "error":
         with pytest.raises(RuntimeError, match="an id is outside its table"):
             lookup(mixed_ids(tables))
+
+
+class Every(nn.Module):
+    """A group of every strategy, one policy for unseen ids after the other; vectors ``(B, S, T, D)``."""
+
+    def __init__(self):
+        super().__init__()
+        policies = itertools.cycle(["oov_row", "zero", "hash"])
+        self.groups = nn.ModuleList(
+            build(name, unseen=unseen).finalize()
+            for name, unseen in zip(embcomp.list_strategies(), policies, strict=False)
+        )
+
+    def forward(self, ids):
+        return torch.stack([tables(ids) for tables in self.groups], dim=1)
+
+
+@pytest.mark.slow
+def test_aoti_has_the_vectors_of_every_strategy(tmp_path):
+    model = Every()
+    ids = mixed_ids(model.groups[0])
+    lookup = torch._inductor.aoti_load_package(str(export_aoti(model, tmp_path / "t.pt2", example=(ids,)).path))
+    for batch in (ids, ids[:1], ids[-7:]):
+        torch.testing.assert_close(lookup(batch), model(batch), rtol=0, atol=1e-5)
 
 
 def test_aoti_without_a_compiler(tmp_path):
