@@ -10,9 +10,11 @@ import torch
 from embcomp.budget import Plan, plan
 from embcomp.config import StrategyConfig, make_config
 from embcomp.errors import BudgetError, ConfigError
+from embcomp.growth import resize_
 from embcomp.specs import TableSpec
 from embcomp.storage import RowStore
 from embcomp.storage.formats import FLOAT_BITS, INTEGER_BITS
+from embcomp.tables import EmbeddingTables
 
 KINDS = (*FLOAT_BITS, *INTEGER_BITS)
 """Kinds of rows."""
@@ -40,9 +42,23 @@ def row_formats(name: str) -> str:
 
 def can_be_sharded(name: str) -> bool:
     """Whether several processes can hold parts of a strategy's rows while they are trained."""
-    specs = (TableSpec("large", 1000, 16), TableSpec("small", 10, 16))
-    budget = max(smallest_bytes(specs, make_config(name)), specs[0].full_bytes // 2)
-    return plan(specs, name, f"{budget}B").build().can_be_sharded
+    return _halved(name).can_be_sharded
+
+
+def can_grow(name: str) -> bool:
+    """Whether `resize_` gives a strategy's tables more ids."""
+    try:
+        resize_(_halved(name), {"large": 1100})
+    except ConfigError:
+        return False
+    return True
+
+
+def serves_own_rows(name: str) -> bool:
+    """Whether every vector is a stored row of its own in the form that serves, as FBGEMM's kernels want them."""
+    tables = _halved(name).finalize()
+    found = tables.stored_rows(torch.arange(tables.num_ids[0]), 0)
+    return found is not None and len(found[1].unique()) == tables.num_ids[0]
 
 
 def rows_read(planned: Plan) -> int:
@@ -63,6 +79,13 @@ def rows_read(planned: Plan) -> int:
         tables.lookup(torch.zeros(1, dtype=torch.int64, device="meta"), index)
         most = max(most, total)
     return most
+
+
+def _halved(name: str) -> EmbeddingTables:
+    """Small tables in half of their bytes, or as few as the strategy takes."""
+    specs = (TableSpec("large", 1000, 16), TableSpec("small", 10, 16))
+    budget = max(smallest_bytes(specs, make_config(name)), specs[0].full_bytes // 2)
+    return plan(specs, name, f"{budget}B").build()
 
 
 def _takes(name: str, kind: str) -> bool:

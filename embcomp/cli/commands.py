@@ -15,7 +15,7 @@ from embcomp.cli.sources import read_specs
 from embcomp.cli.weights import matrices
 from embcomp.config import config_to_dict, get_strategy, list_strategies, make_config
 from embcomp.errors import BudgetError, SpecError
-from embcomp.facts import can_be_sharded, row_formats, rows_read
+from embcomp.facts import can_be_sharded, can_grow, row_formats, rows_read, serves_own_rows
 from embcomp.memory import format_bytes, sum_reports
 from embcomp.planning import plan_groups
 from embcomp.reporting import format_rows, table_rows
@@ -24,6 +24,11 @@ from embcomp.specs import TableSpec
 
 Found = dict[str, Any]
 OPTIMIZERS = ("adam", "rowwise_adagrad")
+_COLUMNS = """\
+finely: any budget is met to within a row or so. rows=: formats of stored rows. any id: ids need no vocabulary.
+front: one training gives all sizes (pareto). sharded: in several processes (distribute). streamed: embcomp compress
+takes tables larger than memory. grows: resize_ keeps what was trained. fbgemm: exported to FBGEMM's kernels; to pt2,
+aoti and onnx all are."""
 _OF_PLANS = ("serve_bytes", "rows_read", "train_bytes", "bytes_per_rank")
 
 
@@ -42,6 +47,8 @@ def strategies() -> Found:
                 "front": "pareto" in vars(tables),
                 "sharded": can_be_sharded(name),
                 "streamed": tables.can_be_streamed,
+                "grows": can_grow(name),
+                "fbgemm": serves_own_rows(name),
             }
         )
     return {"strategies": rows}
@@ -49,9 +56,9 @@ def strategies() -> Found:
 
 def strategies_text(found: Found) -> str:
     """Of `strategies`."""
-    head = ("strategy", "the budget turns", "finely", "rows=", "any id", "front of sizes", "can be sharded", "streamed")
+    head = ["strategy", "the budget turns", "finely", "rows=", "any id", *list(found["strategies"][0])[5:]]
     lines = [[text if isinstance(text, str) else _yes(text) for text in row.values()] for row in found["strategies"]]
-    return _aligned([head, *lines])
+    return f"{_aligned([head, *lines])}\n\n{_COLUMNS}"
 
 
 def plan_tables(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line; None for the process's own.
 
     Returns:
-        The exit code: 0, or 2 if what was asked for is not possible; the message is on the standard error then.
+        The exit code: 0, or 2 if what was asked for is not possible; the message is on the standard error then; 1 if
+        nobody read what was printed.
     """
     given = _parser().parse_args(arguments)
     try:
@@ -29,7 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EmbcompError as error:
         print(f"embcomp {given.command}: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(found, indent=1) if given.json else text(found))
+    try:
+        print(json.dumps(found, indent=1) if given.json else text(found), flush=True)
+    except BrokenPipeError:  # the reader, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python flushes what is left at its end
+        return 1
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, where tqdm is installed; nothing elsewhere."""
+"""A progress bar on a terminal, where tqdm is installed, or a line that says what goes on; nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ def progress_bar(doing: str, **options: Any) -> Iterator[Callable[[int], None]]:
     except ImportError:
         bars = None
     if bars is None or not sys.stderr.isatty():
+        if sys.stderr.isatty():
+            print(f"{doing} ... (pip install tqdm to see how far it is)", file=sys.stderr)
         yield lambda more: None
         return
     with bars.tqdm(desc=doing, **options) as bar:

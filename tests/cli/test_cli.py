@@ -203,12 +203,15 @@ def test_inspect_tells_matrices(tmp_path, capsys):
 def test_strategies_lists_what_each_can(capsys):
     code, text, _ = run(capsys, "strategies")
     assert code == 0
-    assert [line.split()[0] for line in text.splitlines()[1:]] == embcomp.list_strategies()
+    assert [line.split()[0] for line in text.partition("\n\n")[0].splitlines()[1:]] == embcomp.list_strategies()
     rows = {row["strategy"]: row for row in json.loads(run(capsys, "strategies", "--json")[1])["strategies"]}
     assert [name for name, row in rows.items() if row["front"]] == ["nested"]
     assert [name for name, row in rows.items() if row["any_id"]] == ["dynamic", "hash", "unified"]
     assert [name for name, row in rows.items() if not row["sharded"]] == ["dynamic", "magnitude", "nested", "optembed"]
     assert [name for name, row in rows.items() if not row["streamed"]] == ["dynamic", "nested", "optembed"]
+    grow = ["dynamic", "frequency_cut", "full", "hash", "quantize", "reduced_dim"]
+    assert [name for name, row in rows.items() if row["grows"]] == grow
+    assert [name for name, row in rows.items() if row["fbgemm"]] == ["full", "quantize"]
 
 
 @pytest.mark.parametrize(
@@ -257,6 +260,15 @@ def test_unknown_strategies_and_budgets_are_errors(tmp_path, capsys):
     path = write(tmp_path, "t.yaml", SOURCES["t.yaml"])
     assert "did you mean 'hash'" in run(capsys, "plan", path, "--strategy", "hesh")[2]
     assert "lots" in run(capsys, "plan", path, "--budget", "lots")[2]
+
+
+def test_bug_a_reader_that_has_enough_is_no_traceback(tmp_path):
+    path = write(tmp_path, "t.json", json.dumps({f"table {index}": 100 + index for index in range(3000)}))
+    command = [sys.executable, "-m", "embcomp.cli", "plan", str(path), "--dim", "8", "--strategy", "full", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
 
 
 def test_it_runs_as_a_module_and_says_what_it_can():
