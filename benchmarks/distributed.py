@@ -1,7 +1,7 @@
 """DLRM on compressed tables in 1, 2 and 4 processes: ``python -m benchmarks.distributed``.
 
 Every case is a run of ``benchmarks.train_dlrm_distributed`` on the same batches. What is printed is a Markdown table:
-bytes of the fullest process, how far the losses are from those of one process, and rows per second.
+bytes of each process, the last loss, how far losses are from those of one process, and rows per second.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from benchmarks.errors import DistributedError
 from benchmarks.markdown import markdown_table
 from benchmarks.results import write_whole
 from benchmarks.speed.machine import Machine
-from embcomp import format_bytes
 
 STRATEGIES = ("full", "hash", "compositional", "unified", "low_rank", "quantize")
 SHARDINGS = ("table_wise", "row_wise", "column_wise", "data_parallel")
@@ -94,13 +93,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def table(rows: Sequence[Measured]) -> list[str]:
     """The lines of a Markdown table."""
-    head = ["strategy", "rows cut", "processes", "bytes, fullest process", "of all rows", "losses off by", "rows/s"]
+    head = ["strategy", "rows cut", "processes", "MiB in each", "last loss", "losses off by", "rows/s"]
     return markdown_table(head, [_cells(row) for row in rows])
 
 
 def _cells(row: Measured) -> list[str]:
-    fullest, total = max(row.bytes_per_rank), sum(row.bytes_per_rank)
-    told = [format_bytes(fullest), f"{fullest / total:.0%}", f"{row.largest_difference:.1e}"]
+    sizes = " ".join(f"{size / 2**20:.2f}" for size in row.bytes_per_rank)
+    told = [sizes, f"{row.last_loss:.6f}", f"{row.largest_difference:.1e}"]
     return [row.strategy, row.sharding, str(row.processes), *told, f"{row.rows_per_second:,}"]
 
 
