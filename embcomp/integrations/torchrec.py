@@ -64,9 +64,9 @@ class _Lookup(nn.Module):
         self.places = [slot.place for slot in slots]
         self.mode: str = getattr(slots[0].view, "mode", "")
         self._view = (slots[0].view,)  # the tuple keeps nn.Module from registering what the model owns
-        columns = [self.tables.index_of(slot.view.names[0]) for slot in slots]
-        self.register_buffer("columns", torch.tensor(columns, device=slots[0].view.device), persistent=False)
-        self.only_column = columns[0] if len(set(columns)) == 1 else None
+        self.owners = [self.tables.index_of(slot.view.names[0]) for slot in slots]
+        self.register_buffer("columns", torch.tensor(self.owners, device=slots[0].view.device), persistent=False)
+        self.only_column = self.owners[0] if len(set(self.owners)) == 1 else None
 
     @property
     def tables(self) -> EmbeddingTables:
@@ -92,16 +92,14 @@ class _Lookup(nn.Module):
             place among the keys of the output -> which feature of the batch it is of, ids ``(N,)``, and which table of
             the group each is of, int64 ``(N,)``: once, and again for features that are in several tables.
         """
-        keys, ids, columns = list(features.keys()), features.values(), self.columns.tolist()
+        keys, ids = list(features.keys()), features.values()
         repeats = features.lengths().view(len(keys), -1).sum(1)
         waiting = list(range(len(self.features)))
         while waiting:
             now = {keys.index(self.features[slot]): slot for slot in reversed(waiting)}
             waiting = [slot for slot in waiting if slot not in now.values()]
-            owner = torch.tensor(
-                [columns[now[key]] if key in now else -1 for key in range(len(keys))], device=ids.device
-            )
-            column = torch.repeat_interleave(owner, repeats, output_size=ids.numel())
+            owners = [self.owners[now[key]] if key in now else -1 for key in range(len(keys))]
+            column = torch.tensor(owners, device=ids.device).repeat_interleave(repeats, output_size=ids.numel())
             answered = {self.places[slot]: key for key, slot in now.items()}
             yield answered, torch.where(column < 0, 0, ids), column.clamp_min(0)
 
