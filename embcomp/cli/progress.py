@@ -17,13 +17,13 @@ def progress_bar(doing: str, **options: Any) -> Iterator[Callable[[int], None]]:
         doing: in front of the bar.
         options: of tqdm, such as ``total`` and ``unit``.
     """
+    if not sys.stderr.isatty():
+        yield lambda more: None
+        return
     try:
         bars = importlib.import_module("tqdm")
     except ImportError:
-        bars = None
-    if bars is None or not sys.stderr.isatty():
-        if sys.stderr.isatty():
-            print(f"{doing} ... (pip install tqdm to see how far it is)", file=sys.stderr)
+        print(f"{doing} ... (pip install tqdm to see how far it is)", file=sys.stderr)
         yield lambda more: None
         return
     with bars.tqdm(desc=doing, **options) as bar:

@@ -12,6 +12,7 @@ from torch import nn
 
 import embcomp
 from embcomp.cli import main
+from embcomp.cli.progress import progress_bar
 from embcomp.cli.sources import read_specs
 from embcomp.errors import SpecError
 
@@ -277,3 +278,12 @@ def test_it_runs_as_a_module_and_says_what_it_can():
     assert (
         subprocess.run([sys.executable, "-m", "embcomp.cli", "plane"], capture_output=True, check=False).returncode == 2
     )
+
+
+def test_without_tqdm_a_line_on_a_terminal_says_what_goes_on(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    for is_terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda told=is_terminal: told)
+        with progress_bar("reading") as watch:
+            watch(3)
+        assert capsys.readouterr().err.startswith("reading ... (pip install tqdm") == is_terminal

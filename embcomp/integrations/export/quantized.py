@@ -125,6 +125,8 @@ class QuantizedTables(nn.Module):
         ids, weights = features.values(), features.weights_or_none()
         if ids.dtype not in (torch.int64, torch.int32):
             raise InputError(f"ids of tables {', '.join(self.names)} must be int64, not {ids.dtype}: call ids.long()")
+        if (total := sum(features.length_per_key())) != ids.numel():  # on a GPU too, where `checked` does not look
+            raise InputError(f"the KeyedJaggedTensor has {ids.numel()} values, and lengths that add up to {total}")
         if features.variable_stride_per_key():
             raise InputError(
                 f"the KeyedJaggedTensor has {features.stride_per_key()} bags of features {features.keys()}: FBGEMM's "

@@ -82,7 +82,7 @@ def test_whole_models(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rows", "unseen"),
-    [("full", "int8:row", "error"), ("hash", "int4:column", "zero")],
+    [("full", "int8:row", "error"), ("unified", "float32", "hash"), ("hash", "int4:column", "zero")],
 )
 def test_aoti_has_the_same_vectors(name, rows, unseen, tmp_path):
     tables = build(name, rows=rows, unseen=unseen).finalize()
