@@ -162,21 +162,30 @@ def load_and_answer(rank, world_size, folders):
     return found
 
 
-def save_and_die(rank, world_size, case, folder):
-    """Train, save, and begin a step more, between whose forward and backward pass the second process dies."""
+def save_and_die(rank, world_size, case, folder, moment):
+    """Train, save, and begin a step or a checkpoint more, in which the last process dies.
+
+    Args:
+        moment: what the others are in then: "forward", "backward" or "save".
+    """
     model = sharding.distribute(model_of(case, 6), "sgd", RATE, "row_wise")
     part = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
     losses_of(model, optimizers_of(model, list(sharding.dense_parameters(model)), "sgd"), part, 3)
     sharding.save_sharded(model, folder)
     trained = answers(model)
-    loss = model(IDS[part]).sum()
-    if rank == 1:
+    loss = model(IDS[part]).sum() if moment == "backward" else None
+    if rank == world_size - 1:
         os._exit(9)
     begun = time.monotonic()
     try:
-        loss.backward()
+        if moment == "forward":
+            model(IDS[part])
+        elif moment == "backward":
+            loss.backward()
+        else:
+            sharding.save_sharded(model, folder)
         told = ""
-    except RuntimeError as error:
+    except (RuntimeError, embcomp.EmbcompError) as error:
         told = str(error)
     return trained, told, time.monotonic() - begun
 

@@ -98,15 +98,17 @@ def test_what_four_processes_save_one_and_two_go_on_with(tmp_path):
         assert (len(first[2]), len(second[2])) == (2, 0)
 
 
-def test_a_process_that_dies_ends_the_others_and_leaves_the_checkpoint_whole(tmp_path):
+@pytest.mark.parametrize(("world_size", "moment"), [(2, "backward"), (4, "forward"), (4, "save")])
+def test_a_process_that_dies_ends_the_others_and_leaves_the_checkpoint_whole(tmp_path, world_size, moment):
     timeout = 20
-    found, codes = outcomes(save_and_die, 2, "hash", tmp_path, timeout=timeout)
-    assert codes == [0, 9]
-    assert list(found) == [0]
-    (trained, told, seconds), failure = found[0]
-    assert not failure
-    assert re.search(r"[Cc]onnection|[Tt]imed? ?out|Gloo|gloo", told)
-    assert seconds < timeout
+    found, codes = outcomes(save_and_die, world_size, "hash", tmp_path, moment, timeout=timeout)
+    assert codes == [0] * (world_size - 1) + [9]
+    assert sorted(found) == list(range(world_size - 1))
+    for (_, told, seconds), failure in found.values():
+        assert not failure
+        assert re.search(r"[Cc]onnection|[Tt]imed? ?out|Gloo|gloo", told)
+        assert seconds < timeout + 5
+    trained = found[0][0][0]
     model = model_of("hash", 6)
     assert answers(model) != pytest.approx(trained, abs=1e-3)
     embcomp.load_pretrained_(model, tmp_path, verbose=False)
