@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -28,6 +29,13 @@ class TableHooks(nn.Module):
     names: tuple[str, ...]
     num_ids: tuple[int, ...]
     config: Any
+    built_config: Any
+    chosen_by_budget: ClassVar[tuple[str, ...]] = ()
+    """Fields of the config that the budget settles, in strategies with phases that are the same for every budget."""
+
+    def config_of_any_budget(self) -> Any:
+        """The config that tables were built with, without what their budget settled."""
+        return replace(self.built_config, **dict.fromkeys(self.chosen_by_budget))
 
     # ---- what strategies with more to train than weights write ------------------------------------------------------
 

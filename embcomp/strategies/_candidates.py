@@ -16,9 +16,13 @@ def first_block(ids: Tensor, table: Tensor | int | None, number: int) -> tuple[T
     """
     if number == 1:
         return ids, table
-    if not ids.dim() or ids.shape[0] % number:
-        raise InputError(f"{number} candidates are shown: ids of shape {tuple(ids.shape)} are not as many copies")
-    size = ids.shape[0] // number
+    size = ids.shape[0] // number if ids.dim() else 0
+    if not ids.dim() or ids.shape[0] % number or bool((ids.unflatten(0, (number, size)) != ids[:size]).any()):
+        raise InputError(
+            f"{number} candidates are shown: ids of shape {tuple(ids.shape)} are not as many copies of the same ones; "
+            f"look {number} copies of a batch up, or, in a model that looks up whole tables too, leave evaluate_many "
+            "out of search_"
+        )
     if isinstance(table, Tensor) and table.dim() == ids.dim() and len(table) == len(ids):
         table = table[:size]
     return ids[:size], table

@@ -58,6 +58,7 @@ class PrunedTables(CutTables):
     """
 
     knob = "rows"
+    chosen_by_budget = ("limit_bytes", "num_kept", "dims", "remapped")
     config: PrunedConfig
     kept: Tensor
     widths: Tensor
@@ -169,7 +170,7 @@ class PrunedTables(CutTables):
             pieces = [(table, start, start + rows, dim) for table, (start, rows, dim) in enumerate(ends)]
             self.projection.multiply_(served, [piece for piece in pieces if not matrices[piece[0]]])
             self.projection = self.projection.served(matrices) if any(matrices) else None
-        self._is_whole = num_kept == self.sizes and all(width == self.embedding_dim for width in widths)
+        self._is_whole = tuple(segments) == served.segments and all(width == self.embedding_dim for width in widths)
         if not self._is_whole:
             with self.kept.device:
                 ragged = RaggedRows(segments, self.embedding_dim, resolved_format(self.specs, config), widths)

@@ -85,6 +85,7 @@ class MagnitudeTables(EmbeddingTables):
     """
 
     knob = "values"
+    chosen_by_budget = ("num_values", "num_slots", "layout")
     has_zero_vectors = True
     can_be_streamed = True
     config: MagnitudeConfig

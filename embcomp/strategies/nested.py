@@ -102,10 +102,11 @@ class NestedTables(CutTables):
     time narrowing the field, or the frequency tier of a field, that loses the least validation quality per byte; it
     needs no training. Where the walk passes the budget, its last step is taken for the rarest ids only, so that the
     budget is used up to within a row where ids are numbered by falling frequency. `pareto` returns the whole way, and
-    `cut_` goes to any other budget. We differ in that there is one classifier for all widths, and widths are searched.
+    `cut_` goes to any other budget, unless a retraining has fitted the weights to one. We differ in that there is one classifier for all widths, and widths are searched.
     """
 
     knob = "values"
+    chosen_by_budget = ("limit_bytes", "layout")
     config: NestedConfig
     bounds: Tensor
     widths: Tensor
@@ -189,6 +190,8 @@ class NestedTables(CutTables):
 
     def leave_phase_(self, phase: Phase) -> None:
         self._training_form, self._shown = False, None
+        if phase.name == "retrain":
+            self._cutting = None  # its values are of the weights before
 
     def set_pass_(self, name: str) -> None:
         self._pass = name
@@ -225,8 +228,9 @@ class NestedTables(CutTables):
     def pareto(self) -> list[FrontPoint]:
         if self._cutting is None:
             raise ConfigError(
-                "there is no front before the cut: run the phases first, with embcomp.training.Phases, or load the "
-                "training form that save_pretrained saved after it"
+                "there is no front before the cut, or after a retraining, which is for one form: run the phases first, "
+                "with embcomp.training.Phases and retrain='none', or load the training form that save_pretrained saved "
+                "after the cut"
             )
         return self._cutting.front()
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +14,9 @@ from embcomp.config import check_at_least, check_choice, register_strategy
 from embcomp.errors import ConfigError
 from embcomp.phases import Phase
 from embcomp.specs import Knowledge, TableSpec
+from embcomp.storage import RowFormat
 from embcomp.strategies._candidates import first_block, owners
+from embcomp.strategies._frequency_sizes import is_falling
 from embcomp.strategies._pruned import PrunedConfig, PrunedTables, form_bytes
 from embcomp.strategies._row_budget import RowBudget
 from embcomp.strategies._width_repair import CONSTRAINTS, WidthRepair
@@ -101,6 +104,11 @@ class OptEmbedConfig(PrunedConfig):
             )
         if not self.decay < 1:
             raise ConfigError(f"OptEmbedConfig(decay={self.decay!r}): must be below 1")
+        if self.decay and RowFormat.parse(self.rows).pure:
+            raise ConfigError(
+                f"OptEmbedConfig(decay={self.decay!r}, rows={self.rows!r}): small steps round away in rows that are "
+                "trained in 16 bits; leave 'pure' out, for a float32 copy in training"
+            )
         if not self.prune_rows and not self.search_dims:
             raise ConfigError("OptEmbedConfig(prune_rows=False, search_dims=False): nothing is left to choose")
 
@@ -122,10 +130,12 @@ class OptEmbedTables(PrunedTables):
 
     Where it differs from the paper: under a budget, rows are kept by `score` per byte until the budget is used up to
     less than a row, so that every candidate of the search has its price and the result is as small as was asked;
-    without one it is as small as it happens to be. A learned matrix per table, cut like the rows, lets narrow rows take
-    part in all dimensions, and narrow widths are drawn as often as wide ones. The search begins with widths that are
-    the same for all tables, or for all but a large one, before random ones; it keeps the best candidates of all rounds,
-    never evaluates one twice, and its finalists are compared with batch norms of their own.
+    without one it is as small as it happens to be. Where the bits that say which ids are kept would take more than a
+    sixteenth of the budget, tables whose ids are numbered by falling frequency are kept from the first id on, if what
+    fits is worth more so. A learned matrix per table, cut like the rows, lets narrow rows take
+    part in all dimensions, and narrow widths are drawn as often as wide ones. Under a budget the search begins with
+    widths that are the same for all tables, or for all but a large one, before random ones; it keeps the best
+    candidates of all rounds, never evaluates one twice, and its finalists are compared with batch norms of their own.
     """
 
     config: OptEmbedConfig
@@ -133,7 +143,6 @@ class OptEmbedTables(PrunedTables):
     importance: Tensor
     _levels: Tensor
     _frequency: Tensor
-    _score: Tensor
 
     def __init__(
         self, specs: Sequence[TableSpec], config: OptEmbedConfig, counts: Mapping[str, Tensor] | None = None
@@ -170,32 +179,29 @@ class OptEmbedTables(PrunedTables):
     def _lookup_supernet(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
         starts = self.pick(self._starts, table)
         rows = ids + starts
-        vectors: Tensor = self.rows(rows, table)
+        own = vectors = self.rows(rows, table)
         if self.config.prune_rows:
             gate = Step.apply(self._norms(vectors) - self._thresholds_of(rows, table)).unsqueeze(-1)
             if self.has_shared:
                 gate = torch.where((ids == self.pick(self._sizes, table)).unsqueeze(-1), 1.0, gate)
-            if self.config.pruned == "oov":
-                shared = self._shared_vectors(table)
-                vectors = shared + (vectors - shared) * gate
-            else:
-                vectors = vectors * gate
+            own = vectors * gate
+            vectors = own + self._shared_vectors(table) * (1 - gate) if self.config.pruned == "oov" else own
         if self.training:
+            self._note(rows, vectors, own)
             if self.config.search_dims:
                 vectors = vectors * self.prefix(self._drawn_widths(vectors.shape[:-1]))
-            self._note(rows, vectors)
         return self.projected(vectors, table)
 
     def _lookup_candidates(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
         """Each block of ids is shown as its candidate has it; rows are read once for all blocks."""
         assert self._shown is not None
-        widths, cuts = self._shown
+        widths, numbers = self._shown
         ids, table = first_block(ids, table, len(widths))
         rows = ids + self.pick(self._starts, table)
         one_for_all = ids.dim() > 0 and not isinstance(table, Tensor)
         owner = owners(ids[:1] if one_for_all else ids, table, self.num_tables)
         vectors: Tensor = self.rows(rows, table)
-        kept = (self._score[rows] > cuts[:, owner]).unsqueeze(-1)
+        kept = (self._row_budget().place[rows] < numbers[:, owner]).unsqueeze(-1)
         shown = self.prefix(widths[:, owner])
         if self.config.pruned == "oov":
             vectors = torch.where(kept, vectors, self._shared_vectors(table))
@@ -220,17 +226,22 @@ class OptEmbedTables(PrunedTables):
     def _thresholds_of(self, rows: Tensor, table: Tensor | int | None) -> Tensor:
         return self.thresholds[rows] if self.config.threshold_per_id else self.pick(self.thresholds, table)
 
-    def _note(self, rows: Tensor, vectors: Tensor) -> None:
+    def _note(self, rows: Tensor, vectors: Tensor, own: Tensor) -> None:
         """Remember what this lookup says of its rows: that they were used, and what they are worth to the loss.
 
-        Not where only architecture parameters are trained: rows are judged by training batches.
+        Not where only architecture parameters are trained, or nothing: rows are judged by training batches.
+
+        Args:
+            rows: int64 ``(...)``.
+            vectors: float32 ``(..., D)``, of which the model gets the first dimensions.
+            own: float32 ``(..., D)``, the part of it that is the rows', not that of shared ones.
         """
-        if not cast(Tensor, self.rows.weight).requires_grad:
+        if not cast(Tensor, self.rows.weight).requires_grad or not torch.is_grad_enabled():
             return
         if self.config.decay:
             self._rows_of_step.append(rows.reshape(-1))
         if self.config.prune_rows and self.config.score == "taylor" and vectors.requires_grad:
-            plain, importance = vectors.detach(), self.importance
+            plain, importance = own.detach(), self.importance
 
             def add(gradient: Tensor) -> None:
                 worth = (gradient * plain).sum(-1).abs().reshape(-1).float()
@@ -306,16 +317,16 @@ class OptEmbedTables(PrunedTables):
             config.parents,
             config.mutation_probability,
             repair=repair,
-            seeds=_seeds(self.sizes, dim),
+            seeds=[] if config.limit_bytes is None else _seeds(self.sizes, dim),
             power=1.0 if config.sampling == "log_uniform" else 0.0,
             seed=config.seed,
         )
 
     def show_(self, candidates: Sequence[Candidate]) -> None:
         budget, device = self._row_budget(), self.kept.device
-        cuts = [budget.cuts(candidate) for candidate in candidates]
+        numbers = np.stack([budget.numbers(candidate) for candidate in candidates])
         widths = torch.tensor([list(candidate) for candidate in candidates], device=device)
-        self._shown = widths, torch.tensor(cuts, dtype=torch.float32, device=device)
+        self._shown = widths, torch.from_numpy(numbers).int().to(device)
         self.stage = "candidates"
 
     def hide_(self) -> None:
@@ -329,14 +340,16 @@ class OptEmbedTables(PrunedTables):
     @torch.no_grad()
     def adopt_(self, candidate: Candidate) -> None:
         self.choose_(self._row_budget().kept(candidate), candidate)
-        del self._score
         self._budget, self._shown, self.stage = None, None, "fixed"
 
     def _row_budget(self) -> RowBudget:
         """What the supernet's rows are worth; worked out once, when its training is over."""
         if self._budget is None:
-            self._score = self._scores()
-            self._budget = RowBudget(self.specs, self.config, self._score, self.has_shared, form_bytes)
+            falling = None
+            if self._has_frequency:
+                parts = self._frequency.split(self.rows.segments)
+                falling = [is_falling(part[:size]) for part, size in zip(parts, self.sizes, strict=True)]
+            self._budget = RowBudget(self.specs, self.config, self._scores(), self.has_shared, form_bytes, falling)
         return self._budget
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embcomp.config import strategy_of
-from embcomp.errors import ConfigError
+from embcomp.errors import ConfigError, InputError
 from embcomp.hooks import Loss, Predict, TrainingStep
 from embcomp.phases import PLAIN, Phase
 from embcomp.sites import find_groups
@@ -60,9 +60,10 @@ class Phases:
         self.groups = list(find_groups(model).values())
         if not self.groups:
             raise ConfigError(f"{type(model).__name__} has no compressed tables: call compress_ first")
-        self.phases = _common_phases(self.groups)
+        self._unfinished = [tables for tables in self.groups if not tables.is_final]  # others are as they are
+        self.phases = _common_phases(self._unfinished)
         self.phase = self.phases[0]
-        self._architecture = [group for tables in self.groups for group in tables.architecture()]
+        self._architecture = [group for tables in self._unfinished for group in tables.architecture()]
         chosen = {id(p) for group in self._architecture for p in group["params"]}
         of_tables = {id(p): p for tables in self.groups for p in tables.parameters()}
         trained = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
@@ -74,6 +75,7 @@ class Phases:
         self._optimizer: torch.optim.Optimizer | None = None
         self._searches: dict[int, Search] = {}
         self._found: list[SearchResult] = []
+        self._is_searched = False
         self.initial = self._first_weights() if any(phase.rewind for phase in self.phases) else {}
 
     def __iter__(self) -> Iterator[Phase]:
@@ -82,8 +84,15 @@ class Phases:
     # ---- phases -----------------------------------------------------------------------------------------------------
 
     def enter_(self, phase: Phase) -> None:
-        """Begin a phase: rewind if it says so, and let only what it trains have gradients."""
-        self.phase = phase
+        """Begin a phase: rewind if it says so, and let only what it trains have gradients.
+
+        Raises:
+            ConfigError: if it is none of `phases`.
+        """
+        if phase not in self.phases:
+            names = ", ".join(repr(own.name) for own in self.phases)
+            raise ConfigError(f"enter_({phase!r}): give a phase of this model; Phases(model).phases has {names}")
+        self.phase, self._is_searched = phase, False
         self._searches, self._found = {}, []
         if phase.rewind:
             self.load_weights_(self.initial)
@@ -97,7 +106,17 @@ class Phases:
             self._optimizer = torch.optim.SGD(self._architecture)
 
     def leave_(self, phase: Phase) -> None:
-        """End a phase; afterwards all but architecture parameters has gradients again."""
+        """End a phase; afterwards all but architecture parameters has gradients again.
+
+        Raises:
+            ConfigError: if it is a search, and nothing was searched: what training came to would be lost.
+        """
+        if phase.is_search and not self._is_searched:
+            raise ConfigError(
+                f"phase {phase.name!r} ends without a search: call search_(evaluate) in it, with evaluate judging the "
+                "model on validation rows; without such rows choose a strategy that has no search, such as optembed "
+                "with search_dims=False"
+            )
         for tables in self._concerned(phase):
             tables.leave_phase_(phase)
         self.release_()
@@ -268,12 +287,18 @@ class Phases:
 
         Raises:
             ConfigError: if the phase is no search.
-            InputError: if an evaluation is no finite number, ``at_once`` or ``num_finalists`` is below 1, or
-                ``checkpoint`` can't be a file.
+            InputError: if ``evaluate`` can't be called, an evaluation is no finite number, ``at_once`` or
+                ``num_finalists`` is below 1, or ``checkpoint`` can't be a file.
             IncompatibleStateError: if the checkpoint is of another search: of other weights, or another config.
+            WriteError: if the checkpoint can't be written.
         """
         if not self.phase.is_search:
             raise ConfigError(f"phase {self.phase.name!r} is no search: there is nothing to search for")
+        if not callable(evaluate):
+            raise InputError(
+                f"search_(evaluate={evaluate!r}): give a function that returns how good the model is on validation "
+                "rows; without such rows choose a strategy that has no search, such as optembed with search_dims=False"
+            )
         loop = SearchLoop(self.model, evaluate, evaluate_many, recalibrate, at_once, num_finalists, report)
         searching = self._concerned(self.phase)
         paths = self._search_paths(checkpoint, len(searching))
@@ -285,7 +310,7 @@ class Phases:
             if path is not None and not keep_checkpoint:
                 path.unlink(missing_ok=True)
         result = self._found[-1]
-        self._searches, self._found = {}, []
+        self._searches, self._found, self._is_searched = {}, [], True
         return result
 
     # ---- inside -----------------------------------------------------------------------------------------------------
@@ -297,7 +322,7 @@ class Phases:
         return search_files(checkpoint, number)
 
     def _concerned(self, phase: Phase) -> list[EmbeddingTables]:
-        return [tables for tables in self.groups if phase in tables.phases()]
+        return [tables for tables in self._unfinished if phase in tables.phases()]
 
     def _first_weights(self) -> dict[str, Tensor]:
         """What a rewind restores: all weights but architecture parameters."""

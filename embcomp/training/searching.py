@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from embcomp._checkpoint import digest_of
-from embcomp.errors import IncompatibleStateError, InputError
+from embcomp._checkpoint import digest_of, sync
+from embcomp.errors import IncompatibleStateError, InputError, WriteError
 from embcomp.specs import as_int
 from embcomp.tables import EmbeddingTables
 from embcomp.training.batch_norms import recalibrate_, recalibrated
@@ -33,7 +33,8 @@ class SearchResult:
 
     Attributes:
         candidate: the form that was adopted.
-        value: its value, by ``evaluate``.
+        value: its value, by ``evaluate``; strategies that then give back what still fits, as ``nested``, serve a little
+            more than that.
         num_evaluated: candidates that were evaluated.
     """
 
@@ -166,18 +167,33 @@ def make_folder(checkpoint: Path) -> None:
 
 
 def _owner(model: nn.Module, tables: EmbeddingTables) -> str:
-    """Digest of what values of candidates depend on: the weights, and the config of the tables."""
-    weights = digest_of({name: tensor.cpu() for name, tensor in model.state_dict().items()})
+    """Digest of what values of candidates depend on: the parameters, and the config of the tables.
+
+    Not of buffers: a search changes them, the statistics of batch norms too.
+    """
+    weights = digest_of({name: tensor.detach().cpu() for name, tensor in model.named_parameters()})
     return hashlib.sha256(f"{tables.built_config!r} {weights}".encode()).hexdigest()
 
 
 def _save(search: Search, path: Path | None, owner: str, best: tuple[Candidate, float] | None = None) -> None:
-    """Write a search's state whole; when it is over, also the best, so that finalists are not compared again."""
+    """Write a search's state whole; when it is over, also the best, so that finalists are not compared again.
+
+    Raises:
+        WriteError: if it can't be written; what was written before is whole then.
+    """
     if path is None:
         return
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps({**search.state(), "owner": owner, "best": best}))
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps({**search.state(), "owner": owner, "best": best}))
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        raise WriteError(
+            f"search_(checkpoint={str(path)!r}) can't be written ({error}): make room, or give another file; rounds so "
+            "far are kept in memory: call search_ again to go on"
+        ) from error
 
 
 def _load(search: Search, path: Path, owner: str) -> tuple[Candidate, float] | None:

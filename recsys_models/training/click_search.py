@@ -10,7 +10,7 @@ import torch
 from sklearn.metrics import log_loss, roc_auc_score
 from torch import nn
 
-from recsys_models.data import Batch, ClickLog
+from recsys_models.data import Batch, Batches, ClickLog
 from recsys_models.metrics import CLIP, EVAL_BATCH_SIZE, evaluate
 from recsys_models.training.config import TrainingConfig
 from recsys_models.training.task import RECALIBRATION_BATCHES
@@ -24,7 +24,8 @@ class ClickSearch:
 
     Args:
         model: on the device.
-        data: whose validation split decides, and whose train split recalibrates batch norms.
+        data: whose validation split decides.
+        train: batches that recalibrate batch norms.
         config: how many rows, and the seed that chooses them.
         monitor: ``"auc"`` or ``"log_loss"``.
         device: where batches go.
@@ -33,14 +34,19 @@ class ClickSearch:
     most_at_once: int | None = None
 
     def __init__(
-        self, model: nn.Module, data: ClickLog, config: TrainingConfig, monitor: str, device: torch.device
+        self,
+        model: nn.Module,
+        data: ClickLog,
+        train: Batches,
+        config: TrainingConfig,
+        monitor: str,
+        device: torch.device,
     ) -> None:
-        self.model, self.config, self.monitor = model, config, monitor
+        self.model, self.config, self.monitor, self._train = model, config, monitor, train
         self.validation = data.validation.batches(config.eval_batch_size or EVAL_BATCH_SIZE, device=device)
         number = len(data.validation) if config.search_rows is None else min(config.search_rows, len(data.validation))
         self._sample = self._one_batch(data, number, device)
         self._labels = self._sample.labels.cpu().numpy()
-        self._train = data.train.batches(config.batch_size, shuffle=True, seed=config.seed, device=device)
 
     def evaluate(self) -> float:
         """The monitored metric on the whole split."""

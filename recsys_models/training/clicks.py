@@ -64,6 +64,11 @@ class ClickTask(Task):
     def batches(self, split: str, model: nn.Module, config: TrainingConfig, device: torch.device) -> Batches:
         """Batches of rows; a last one of a single row, on which batch norm can't train, is left out."""
         rows = self.data.train if split == "train" else self.data.validation
+        if split == "validation" and len(rows) == 1:
+            raise InputError(
+                f"the validation split of {self.data.name} has one row, but a bilevel phase trains on validation "
+                "batches, of which batch norm needs two rows: split the data otherwise, or choose bilevel=False"
+            )
         single_left = len(rows) % config.batch_size == 1 and len(rows) > 1
         return rows.batches(config.batch_size, shuffle=True, seed=config.seed, drop_last=single_left, device=device)
 
@@ -92,4 +97,5 @@ class ClickTask(Task):
 
     def search(self, model: nn.Module, config: TrainingConfig, device: torch.device) -> ClickSearch:
         """Candidates are compared many at once on few rows, the best on all."""
-        return ClickSearch(model, self.data, config, self.monitored(config)[0], device)
+        train = self.batches("train", model, config, device)
+        return ClickSearch(model, self.data, train, config, self.monitored(config)[0], device)

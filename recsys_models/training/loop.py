@@ -111,8 +111,9 @@ class _Training:
         self.identity = self._identity()
         self.shared = None
         if shared_dir is not None:
-            common = {name: value for name, value in self.identity.items() if name != "tables"}
-            self.shared = SharedPhases(Path(shared_dir), {**common, "limits": _limits(config)})
+            configs = repr([tables.config_of_any_budget() for tables in self.phases.groups])
+            common = {**self.identity, "tables": configs, "limits": _limits(config)}
+            self.shared = SharedPhases(Path(shared_dir), common)
         self.done: list[PhaseResult] = []
         self.current: Run | None = None
 

@@ -266,6 +266,15 @@ def test_phases_of_other_options_are_not_shared(tmp_path):
     assert not fit(other, DATA, CONFIG, shared_dir=tmp_path).phases[0].shared
     for changed in ({"seed": 3}, {"epochs": 1}, {"learning_rate": 0.01}):
         assert not fit(model_of(), DATA, config(**changed), shared_dir=tmp_path).phases[0].shared
+    for options in (
+        {"decay": 0.01},
+        {"alpha": 0.5},
+        {"sampling": "uniform"},
+        {"bilevel": True},
+        {"norm": 2},
+        {"seed": 4},
+    ):
+        assert not fit(model_of(**options), DATA, CONFIG, shared_dir=tmp_path).phases[0].shared, options
     result = fit(model_of(score="taylor"), DATA, CONFIG, shared_dir=tmp_path)
     assert not any(phase.shared for phase in result.phases)
     (tmp_path / "supernet.safetensors").write_bytes(b"cut short")
@@ -413,3 +422,18 @@ def test_the_sample_of_the_validation_split_has_both_labels():
     for seed in range(5):
         search = ClickTask(data).search(model_of(), config(search_rows=2, seed=seed), torch.device("cpu"))
         assert sorted(search._labels.tolist()) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "strategy", [OptEmbedConfig(**SEARCH), NestedConfig()], ids=lambda config: type(config).__name__
+)
+def test_bug_a_train_split_with_one_row_over_recalibrates_without_it(strategy):
+    data = tiny_log(rows=(129, 60, 60))
+    model = tiny_model(data, "deepfm", strategy, "40%", dim=6, batch_norm=True)
+    assert fit(model, data, config(epochs=1, eval_steps=None)).phases[1].name in ("search", "cut")
+
+
+def test_a_bilevel_phase_needs_two_validation_rows():
+    data = tiny_log(rows=(128, 1, 60))
+    with pytest.raises(InputError, match=r"validation split of tiny has one row.*bilevel=False"):
+        fit(model_of(data=data, bilevel=True), data, config(monitor="log_loss"))

@@ -214,6 +214,16 @@ def test_a_cut_of_finalized_tables_is_refused_and_changes_nothing():
     assert torch.equal(final(ids()), vectors)
 
 
+@pytest.mark.parametrize("retrain", ["finetune", "initial"])
+def test_bug_a_retraining_ends_the_front_whose_values_are_of_the_weights_before(retrain):
+    tables = build("40%", retrain=retrain)
+    cut(tables)
+    for ask in (tables.pareto, lambda: tables.cut_("60%")):
+        with pytest.raises(ConfigError, match="no front before the cut, or after a retraining"):
+            ask()
+    assert tables.memory().serve_bytes <= tables.config.limit_bytes
+
+
 def test_a_front_needs_a_cut():
     with pytest.raises(ConfigError, match="before the cut"):
         build().pareto()

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -144,6 +145,28 @@ def test_without_a_search_training_shows_all_dimensions_and_without_pruning_all_
     assert torch.equal(tables.eval()(ids), tables.rows.weight[ids + torch.tensor(tables.rows.starts())])
     assert not hasattr(tables, "thresholds")
     assert tables.architecture() == []
+
+
+def test_the_search_is_what_the_options_say():
+    options = {
+        "generations": 7,
+        "mutations": 3,
+        "crossovers": 5,
+        "parents": 4,
+        "mutation_probability": 0.25,
+        "seed": 11,
+    }
+    search = make_tables(budget="25%", sampling="log_uniform", **options).make_search()
+    found = (search.generations, search.num_mutations, search.num_crossovers, search.num_parents)
+    assert found == (7, 3, 5, 4)
+    assert search.mutation_probability == 0.25
+    assert (search.low, search.high) == ((1, 1, 1), (DIM,) * 3)
+    assert search._random.bit_generator.state == np.random.default_rng(11).bit_generator.state
+    assert search.seeds[0] == (DIM,) * 3
+    assert search._draws[0][1].tolist() == pytest.approx([12 / 25, 6 / 25, 4 / 25, 3 / 25])
+    papers = make_tables(sampling="uniform").make_search()  # without a budget
+    assert (papers.seeds, papers.repair) == ((), None)
+    assert papers._draws[0][1].tolist() == [0.25] * DIM
 
 
 @pytest.mark.parametrize("pruned", ["zero", "oov"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from embcomp import ConfigError
+from embcomp import ConfigError, OptEmbedConfig
 from tests.strategies.test_optembed import DIM, SIZES, make_tables, searching, some_ids, supernet
 
 # ---- decay ---------------------------------------------------------------------------------------------------------
@@ -72,6 +72,33 @@ def test_taylor_importance_is_the_sum_of_gradient_times_vector():
     tables.eval()(ids).sum().backward()
     assert tables.importance.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert sum(value > 0 for value in expected) > 15
+
+
+def test_bug_rows_whose_place_the_shared_row_takes_get_no_credit_for_it():
+    tables = make_tables(score="taylor", pruned="oov")
+    supernet(tables, [0.4, 0.4, 0.4])
+    ids = some_ids(tables.train(), 40)
+    tables(ids).square().sum().backward()
+    rows = (ids + torch.tensor(tables.rows.starts())).flatten()
+    gated = tables.rows.weight[rows].abs().sum(1) <= 0.4
+    assert 5 < int(gated.sum()) < 115
+    assert float(tables.importance[rows[gated]].sum()) == 0.0
+    assert float(tables.importance[rows[~gated]].min()) > 0.0
+
+
+def test_lookups_without_gradients_judge_no_rows():
+    tables = make_tables(score="taylor", decay=0.1)
+    phases = supernet(tables, [0.0, 0.0, 0.0])
+    before = tables.rows.weight.detach().clone()
+    with torch.no_grad():
+        tables.train()(some_ids(tables, 40))
+    phases.step_()
+    assert torch.equal(tables.rows.weight, before)
+
+
+def test_decay_that_would_round_away_is_refused():
+    with pytest.raises(ConfigError, match=r"small steps round away.*leave 'pure' out"):
+        OptEmbedConfig(decay=1e-3, rows="bfloat16:pure")
 
 
 @pytest.mark.parametrize("score", ["norm", "norm_frequency", "frequency", "taylor", "auto", "auto without counts"])

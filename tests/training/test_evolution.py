@@ -121,6 +121,18 @@ def test_every_one_of_the_best_becomes_a_parent(number):
     assert {p for p in parents for child in search.ask() if distance(p, child) == 1} == set(parents)
 
 
+@pytest.mark.parametrize("number", [2, 5, 15])
+def test_bug_parents_of_crossovers_each_of_the_best_has_children_and_no_other(number):
+    search = widths(6, 50, num_mutations=0, num_crossovers=400, num_parents=number)
+    search.tell([value_of(candidate) for candidate in search.ask()])
+    mixed = [{one[:cut] + other[cut:] for cut in range(1, 6) for other in search.known} for one in search.known]
+    parents, children = search.best(number), set(search.ask())
+    firsts = {one for one, own in zip(search.known, mixed, strict=True) if own & children}
+    assert set(parents) <= firsts
+    allowed = {one[:cut] + other[cut:] for one in parents for other in parents for cut in range(1, 6)}
+    assert children <= allowed
+
+
 # ---- what it remembers ---------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import embcomp
-from embcomp.errors import ConfigError
+from embcomp.errors import ConfigError, InputError
 from embcomp.training import Phase, Phases
 from tests.examples.optembed_loop import ClickModel, train
 from tests.training.clicks import SIZES, WideModel, batches, compressed
@@ -264,6 +264,38 @@ def test_there_is_no_search_in_a_phase_that_trains():
     phases, _ = supernet(compressed()[0])
     with pytest.raises(ConfigError, match="'supernet' is no search"):
         phases.search_(lambda: 0.5)
+
+
+def test_bug_a_search_that_is_left_out_loses_what_the_supernet_learned():
+    phases, _ = supernet(compressed()[0])
+    phases.leave_(phases.phases[0])
+    phases.enter_(phases.phases[1])
+    with pytest.raises(InputError, match=r"search_\(evaluate=None\).*search_dims=False"):
+        phases.search_(None)
+    with pytest.raises(ConfigError, match=r"'search' ends without a search: call search_.*search_dims=False"):
+        phases.leave_(phases.phases[1])
+    phases.search_(lambda: 0.5)
+    phases.leave_(phases.phases[1])
+
+
+@pytest.mark.parametrize("phase", ["supernet", Phase("supernet"), None])
+def test_phases_of_other_models_are_refused(phase):
+    with pytest.raises(ConfigError, match=r"give a phase of this model.*'supernet', 'search', 'retrain'"):
+        Phases(compressed()[0]).enter_(phase)
+
+
+@pytest.mark.parametrize("strategy", ["optembed", "nested", "magnitude", "hash"])
+def test_around_finalized_tables_the_network_goes_on_training(strategy):
+    model, handle = compressed(strategy=strategy)
+    handle.finalize_()
+    phases = Phases(model)
+    assert [phase.name for phase in phases] == ["train"]
+    before, tables = state(model.mlp), state(handle.tables[0])
+    phases.enter_(phases.phases[0])
+    step(phases, TRAIN[0], torch.optim.SGD(phases.parameters(), 0.1))
+    phases.leave_(phases.phases[0])
+    assert changed(model.mlp, before)
+    assert not changed(handle.tables[0], tables)
 
 
 @pytest.mark.parametrize(

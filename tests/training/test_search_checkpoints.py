@@ -3,12 +3,13 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import embcomp
-from embcomp.errors import IncompatibleStateError, InputError
+from embcomp.errors import IncompatibleStateError, InputError, WriteError
 from embcomp.training import Evolution, Phases
 from tests.examples.optembed_loop import ClickModel
 from tests.training.clicks import SIZES, WideModel, batches, compressed
@@ -177,6 +178,58 @@ def test_a_search_killed_anywhere_ends_as_if_it_had_not_been(kind, number, fresh
         phases = after_a_supernet(kind) if fresh else phases
         assert run_search(phases, checkpoint=file)[:2] == expected[:2]
         assert list(tmp_path.iterdir()) == []
+
+
+def shuffled(model, kill_at=0):
+    """Recalibration on batches in an order of its own at every call; one of which is interrupted."""
+    train, calls, random = batches(6, seed=6), [], np.random.default_rng()
+
+    def recalibrate():
+        calls.append(1)
+        if len(calls) == kill_at:
+            raise KeyboardInterrupt
+        for place in random.permutation(len(train)):
+            model(train[place][0])
+
+    return recalibrate, calls
+
+
+def search_shuffled(phases, kill_at=0, checkpoint=None):
+    """How often it evaluated, and how often it recalibrated."""
+    evaluate, evaluated = log_loss_of(phases.model)
+    recalibrate, recalibrated = shuffled(phases.model, kill_at)
+    phases.search_(lambda: evaluate()[0], evaluate, recalibrate, checkpoint=checkpoint)
+    return len(evaluated), len(recalibrated)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("kind", [ClickModel, WideModel])
+def test_bug_a_search_interrupted_in_any_recalibration_goes_on_from_its_file(kind, fresh, tmp_path):
+    (every, number), file = search_shuffled(after_a_supernet(kind)), tmp_path / "search.json"
+    for kill_at in range(1, number + 1):
+        phases = after_a_supernet(kind)
+        with pytest.raises(KeyboardInterrupt):
+            search_shuffled(phases, kill_at, file)
+        phases = after_a_supernet(kind) if fresh else phases
+        evaluated, _ = search_shuffled(phases, checkpoint=file)
+        assert evaluated < every / 2  # no round again, finalists alone
+        assert all(tables.memory().serve_bytes <= tables.config.limit_bytes for tables in phases.groups)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_written_loses_no_round(tmp_path, monkeypatch):
+    phases, (expected, calls) = entered(), whole_search()
+    evaluate = Sometimes(phases.model, 0, None)
+
+    def full(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("embcomp.training.searching.os.replace", full)
+        with pytest.raises(WriteError, match=r"search\.json.*can't be written.*no space left"):
+            phases.search_(evaluate, checkpoint=tmp_path / "search.json")
+    assert phases.search_(evaluate, checkpoint=tmp_path / "search.json") == expected
+    assert evaluate.calls == calls
 
 
 def during_a_cut():
