@@ -14,14 +14,11 @@ import pandas as pd
 from benchmarks.cells import PLACES
 from benchmarks.errors import ResultError
 from benchmarks.results import METRICS, SUCCESS, CellResult, read_result
-from benchmarks.slices import mean_slices
+from benchmarks.slices import SHOWN, mean_slices
 from recsys_models.ranking import RANDOM_TIES
 
 GROUP = ["experiment", "data", "model", "data_hash"]
 """Cells of one group answer one question, and share a table and a plot."""
-
-_SHOWN = 1e-4
-"""The smallest difference of metrics that tables show."""
 
 _AVERAGED = (
     *METRICS,
@@ -106,7 +103,7 @@ def with_random_ties(metrics: Sequence[str], points: pd.DataFrame) -> list[str]:
     for metric in metrics:
         found.append(metric)
         at_random = f"{metric}{RANDOM_TIES}"
-        if at_random in points and (points[at_random] - points[metric]).abs().max() >= _SHOWN / 2:
+        if at_random in points and (points[at_random] - points[metric]).abs().max() >= SHOWN / 2:
             found.append(at_random)
     return found
 

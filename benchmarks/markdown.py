@@ -11,7 +11,7 @@ import pandas as pd
 from benchmarks.comparisons import Comparison, compare_models
 from benchmarks.results import METRICS
 from benchmarks.sections import Section
-from benchmarks.slices import part_value, parts_of
+from benchmarks.slices import metrics_of_parts, part_value, parts_of
 from embcomp import format_bytes
 
 _HEAD = ("", "strategy", "budget", "bytes served")
@@ -42,7 +42,7 @@ def _comparison(comparison: Comparison) -> str:
 
 
 def parts_table(names: Sequence[str], points: pd.DataFrame, metric: str) -> list[str]:
-    """The lines of a table of a metric by part of the test split, if there are any.
+    """The lines of a table of a metric by part of the test split, if there are any, and one of it with ties at random.
 
     Args:
         names: columns that say whose row it is: ``"model"``, ``"strategy"`` or ``"budget"``.
@@ -53,12 +53,16 @@ def parts_table(names: Sequence[str], points: pd.DataFrame, metric: str) -> list
         return []
     head = [*names, *(f"{part} ({cases:,})" for part, cases in parts.items())]
     of_names = {"model": "model", "strategy": "label", "budget": "budget"}
-    rows = [
-        [*(str(row[of_names[name]]) if pd.notna(row[of_names[name]]) else "none" for name in names)]
-        + [_value(part_value(row, part, metric)) for part in parts]
-        for _, row in points.iterrows()
-    ]
-    return [f"{METRICS[metric].title} by part of the test split, and its cases:", "", *markdown_table(head, rows), ""]
+    lines = []
+    for shown in metrics_of_parts(points, metric):
+        rows = [
+            [*(str(row[of_names[name]]) if pd.notna(row[of_names[name]]) else "none" for name in names)]
+            + [_value(part_value(row, part, shown)) for part in parts]
+            for _, row in points.iterrows()
+        ]
+        title = f"{METRICS[shown].title} by part of the test split, and its cases:"
+        lines += [title, "", *markdown_table(head, rows), ""]
+    return lines
 
 
 def _value(value: float) -> str:

@@ -22,7 +22,7 @@ from benchmarks.frames import read_results
 from benchmarks.markdown import markdown_report
 from benchmarks.results import METRICS, CellResult, write_whole
 from benchmarks.sections import Section, build_sections
-from benchmarks.slices import part_value
+from benchmarks.slices import metrics_of_parts, part_value
 from embcomp import format_bytes
 
 
@@ -61,6 +61,7 @@ def html_report(sections: Sequence[Section], results: Sequence[CellResult], skip
         sections=sections,
         comparisons=compare_models(sections),
         part_value=part_value,
+        metrics_of_parts=metrics_of_parts,
         metrics=METRICS,
         skipped=skipped,
         counts=pd.Series([result.status for result in results]).value_counts().to_dict(),

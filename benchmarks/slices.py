@@ -7,6 +7,11 @@ from typing import Any
 
 import pandas as pd
 
+from recsys_models.ranking import RANDOM_TIES
+
+SHOWN = 1e-4
+"""The smallest difference of metrics that tables show."""
+
 
 def parts_of(points: pd.DataFrame, metric: str) -> dict[str, int]:
     """The parts of the test split that points know this metric of, and the number of their cases."""
@@ -14,6 +19,18 @@ def parts_of(points: pd.DataFrame, metric: str) -> dict[str, int]:
         return {}
     own = metric.removeprefix("test_")
     return {name: int(part["cases"]) for known in points.slices for name, part in known.items() if own in part}
+
+
+def metrics_of_parts(points: pd.DataFrame, metric: str) -> list[str]:
+    """The metric, and the one that breaks ties at random where it has another value on some part."""
+    at_random = f"{metric}{RANDOM_TIES}"
+    parts = parts_of(points, at_random)
+    gaps = [
+        abs(part_value(row, part, at_random) - part_value(row, part, metric))
+        for _, row in points.iterrows()
+        for part in parts
+    ]
+    return [metric, at_random] if any(gap >= SHOWN / 2 for gap in gaps) else [metric]
 
 
 def part_value(point: Mapping[str, Any], part: str, metric: str) -> float:

@@ -159,11 +159,18 @@ def metadata_bounds(
 def slices_of(catalogue: Catalogue, cases: Cases) -> dict[str, np.ndarray]:
     """Tell cases apart by how often their right item was seen in training, and by the length of their prefix.
 
+    Items that were not seen in training, but are in the prefix, are a slice of their own: of those, models of ids know
+    as much as others.
+
     Returns:
         name -> bool ``(C,)``; the slices of each kind cover all cases, and some may be empty.
     """
     seen = catalogue.counts[cases.targets]
-    found = {"unseen": seen == 0}
+    is_repeated = np.zeros(len(cases), dtype=bool)
+    for case in np.flatnonzero(seen == 0).tolist():
+        prefix, target = cases[case]
+        is_repeated[case] = target in prefix
+    found = {"unseen": (seen == 0) & ~is_repeated, "unseen, repeated": (seen == 0) & is_repeated}
     for low, high in zip((1, *RARE), (*RARE, None), strict=True):
         name = f"seen ≥ {low}" if high is None else f"seen < {high}"
         found[name] = (seen >= low) & (True if high is None else seen < high)

@@ -102,7 +102,8 @@ class NestedTables(CutTables):
     time narrowing the field, or the frequency tier of a field, that loses the least validation quality per byte; it
     needs no training. Where the walk passes the budget, its last step is taken for the rarest ids only, so that the
     budget is used up to within a row where ids are numbered by falling frequency. `pareto` returns the whole way, and
-    `cut_` goes to any other budget, unless a retraining has fitted the weights to one. We differ in that there is one classifier for all widths, and widths are searched.
+    `cut_` goes to any other budget, unless a retraining has fitted the weights to one. We differ in that there is one
+    classifier for all widths, and widths are searched.
     """
 
     knob = "values"

@@ -208,6 +208,29 @@ def test_models_stand_side_by_side_with_the_parts_of_the_test(tmp_path, results,
     assert page.index("synthetic: models") < page.index('id="group0"')
 
 
+def test_parts_are_shown_with_ties_at_random_too_where_those_decide(tmp_path, results, capsys):
+    def ranked(result, shift):
+        values = {"test_ndcg@10": 0.2, "test_mrr@20": 0.1, "test_ndcg@10_random_ties": 0.2}
+        parts = {"unseen": 0.1, "seen ≥ 10": 0.3}
+        slices = {
+            name: {"cases": 7.0, "ndcg@10": value, "ndcg@10_random_ties": value + shift * (name == "unseen")}
+            for name, value in parts.items()
+        }
+        metrics = metric_values(values) if result.status == "success" else {}
+        return dataclasses.replace(result, metrics=metrics, slices=slices)
+
+    for shift, tables in ((0.0, 1), (0.25, 2)):
+        folder = tmp_path / str(shift)
+        write_results(folder, [ranked(result, shift) for result in results])
+        main([str(folder), "--markdown", "-"])
+        lines = capsys.readouterr().out.splitlines()
+        assert sum("by part of the test split" in line for line in lines) == tables
+        assert "| a | 10% | 0.1000 | 0.3000 |" in lines
+        assert ("| a | 10% | 0.3500 | 0.3000 |" in lines) == (tables == 2)
+        page = (folder / "report.html").read_text()
+        assert page.count("test NDCG@10, ties at random of parts") == tables - 1
+
+
 def test_markdown_has_the_table(tmp_path, results, capsys):
     write_results(tmp_path, results)
     main([str(tmp_path), "--markdown", "-"])

@@ -141,7 +141,7 @@ def test_slices_cover_all_cases_and_their_metrics_average_to_the_whole():
     kinds = [[name for name in slices if "seen" in name], [name for name in slices if "length" in name]]
     ranks = rank_cases(tiny_model(log), log.test)
     whole, found = ranking_metrics(ranks), sliced_metrics(ranks, slices)
-    assert len(kinds[0]) == 4
+    assert len(kinds[0]) == 5
     assert slices["unseen"].any()
     for names in kinds:
         assert np.sum([slices[name] for name in names], axis=0).tolist() == [1] * len(log.test)
@@ -154,5 +154,8 @@ def test_slices_cover_all_cases_and_their_metrics_average_to_the_whole():
         "cases": found["unseen"]["cases"],
         **ranking_metrics(worst[slices["unseen"]], best=best[slices["unseen"]]),
     }
-    assert slices["unseen"].tolist() == (log.catalogue.counts[log.test.targets] == 0).tolist()
+    unseen = (log.catalogue.counts[log.test.targets] == 0).tolist()
+    repeated = [cases[1] in cases[0] for cases in map(log.test.__getitem__, range(len(log.test)))]
+    assert slices["unseen"].tolist() == [flag and not again for flag, again in zip(unseen, repeated, strict=True)]
+    assert slices["unseen, repeated"].tolist() == [flag and again for flag, again in zip(unseen, repeated, strict=True)]
     assert slices["length ≤ 2"].tolist() == (log.test.ends <= 2).tolist()
