@@ -19,8 +19,8 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from benchmarks.markdown import markdown_table
-from embcomp import OptEmbedConfig, build_tables
-from embcomp.strategies.optembed import OptEmbedTables
+from embcomp import build_tables
+from embcomp.strategies.optembed import OptEmbedConfig, OptEmbedTables
 from embcomp.training import Phase
 from recsys_models.ctr import build_model, get_model
 from recsys_models.data import ClickLog, load_dataset

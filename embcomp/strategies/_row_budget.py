@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from embcomp.specs import TableSpec
@@ -22,6 +21,7 @@ FormBytes = Callable[[Sequence[TableSpec], Any], tuple[list[int], list[int], int
 _LOWEST, _HIGHEST = -(2**63), 2**63 - 1
 _MOST = 2.0**128
 """In place of an infinite score: more than any float32, and still finite after a division and a multiplication."""
+_MOST_STEPS = 4096
 _CHEAP = 1 / 16
 """Share of the budget that saying which ids are kept may take: for less, no table is cut by its ids' order instead."""
 
@@ -104,10 +104,7 @@ class RowBudget:
 
         by_score = values()
         self._rank(
-            [
-                isotonic_regression(own, increasing=False).x if by_id else row
-                for row, own, by_id in zip(rows, worth, falling, strict=True)
-            ]
+            [_falling_means(own) if by_id else row for row, own, by_id in zip(rows, worth, falling, strict=True)]
         )
         wins = sum(mine > other for mine, other in zip(values(), by_score, strict=True))
         if 2 * wins <= len(shown):
@@ -204,6 +201,21 @@ class RowBudget:
                 sizes.append(sum(self.form_bytes([spec], config)[0]))
             self._costs[width] = (sizes[1] - sizes[0]) / 1000
         return self._costs[width]
+
+
+def _falling_means(worth: np.ndarray) -> np.ndarray:
+    """The falling steps that are nearest to some values: neighbours that rise are pooled, like ``(V,)``."""
+    firsts = np.arange(0, len(worth), -(-len(worth) // _MOST_STEPS))
+    steps: list[tuple[float, int]] = []
+    for total, number in zip(np.add.reduceat(worth, firsts), np.diff([*firsts, len(worth)]), strict=True):
+        pooled, many = float(total), int(number)
+        while steps and steps[-1][0] * many < pooled * steps[-1][1]:
+            before, others = steps.pop()
+            pooled, many = pooled + before, many + others
+        steps.append((pooled, many))
+    totals, numbers = np.array(steps).T
+    means: np.ndarray = np.repeat(totals / numbers, numbers.astype(int))
+    return means
 
 
 def _density_of(level: int) -> float:

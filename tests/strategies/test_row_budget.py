@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from sklearn.isotonic import isotonic_regression
 
 from embcomp import TableSpec
 from embcomp.strategies._pruned import PrunedConfig, form_bytes
-from embcomp.strategies._row_budget import RowBudget
+from embcomp.strategies._row_budget import RowBudget, _falling_means
 from embcomp.strategies._width_repair import CONSTRAINTS, WidthRepair
 
 DIM = 16
@@ -240,6 +241,21 @@ def test_where_bits_would_eat_the_budget_ids_that_are_numbered_by_frequency_are_
     assert limit - 4 * number * width < 4 * width + 8 * 16
     _, by_score, _ = falling(20_000, np.random.default_rng(3), [False], share)
     assert worth[by_score.kept((width,))[:-1].numpy()].sum() < worth[:number].sum()
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=60))
+def test_values_by_id_fall_as_the_nearest_falling_ones(worth):
+    wanted = isotonic_regression(worth, increasing=False)
+    assert _falling_means(np.array(worth)) == pytest.approx(wanted, rel=1e-9, abs=1e-6)
+
+
+def test_of_large_tables_neighbours_are_taken_together():
+    worth = np.random.default_rng(0).random(10_000)
+    found = _falling_means(worth)
+    assert len(found) == len(worth)
+    assert bool((np.diff(found) <= 1e-12).all())
+    assert found.sum() == pytest.approx(worth.sum())
 
 
 def test_where_bits_are_cheap_rows_are_kept_by_score():
