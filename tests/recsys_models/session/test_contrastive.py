@@ -154,6 +154,33 @@ def test_vectors_that_follow_from_attributes_are_distilled_and_others_as_far_as_
     assert distill_(tiny_model(log, "m2trec", items="hybrid").items, mixed, counts, steps=3000) < least / 2
 
 
+def test_items_that_differ_in_nothing_but_how_often_they_occur_share_the_vector_of_the_frequent_one():
+    """The mean by counts is the best vector of a kind, and what is left of it is weighted so too."""
+    generator, place = torch.Generator().manual_seed(0), torch.arange(NUM_ITEMS)
+    kinds, apart = torch.randn(2, 6, 16, generator=generator)
+    is_frequent = place < 6
+    vectors = kinds[place % 6] + torch.where(is_frequent, 1, -1)[:, None] * apart[place % 6]
+    counts = torch.where(is_frequent, 100, 1)
+    items = tiny_model(tiny_log(), "m2trec", attributes="kind").items
+    assert distill_(items, vectors, counts) < 0.12
+    along = ((items(torch.arange(6)) - kinds) * apart).sum(1) / apart.square().sum(1)
+    torch.testing.assert_close(along, torch.full((6,), (100 - 4) / 104), atol=0.2, rtol=0)  # -0.6 where all count alike
+
+
+def test_bug_a_trained_table_is_distilled_as_its_model_and_catalogue_give_it():
+    """Its rows have gradients, which the second step went through again, and counts are of NumPy."""
+    log = tiny_log()
+    trained = tiny_model(log)
+    before = copy.deepcopy(trained.state_dict())
+    arguments = (trained.tables.materialize("item"), log.catalogue.counts)
+    assert arguments[0].requires_grad
+    left = distill_(tiny_model(log, "m2trec").items, *arguments, steps=3)
+    plain = (arguments[0].detach(), torch.from_numpy(log.catalogue.counts))
+    assert distill_(tiny_model(log, "m2trec").items, *plain, steps=3) == left
+    assert all(p.grad is None for p in trained.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
+
+
 NAN, INF = float("nan"), float("inf")
 VECTORS, COUNTS = torch.arange(NUM_ITEMS * 16.0).view(NUM_ITEMS, 16), torch.arange(NUM_ITEMS)
 
