@@ -12,7 +12,8 @@ from embcomp.errors import InputError
 from embcomp.scoring import rank_bounds, ranks
 from recsys_models.data import Attribute, Cases, Catalogue, SessionLog
 from recsys_models.metrics import device_of
-from recsys_models.session.ranker import Ranker
+from recsys_models.session.layers import inside
+from recsys_models.session.ranker import Ranker, check_sessions
 
 CUTOFFS = (10, 20)
 RARE = (5, 10)
@@ -109,14 +110,32 @@ def _ranked(
             for batch in batches:
                 seen = None
                 if filters_seen:
-                    place = torch.arange(batch.items.shape[1], device=batch.items.device)
-                    seen = batch.items.masked_fill(place >= batch.lengths[:, None], -1)
+                    seen = seen_items(batch.items, batch.lengths)
                 found.append(rank(scorer, model.queries(batch.items, batch.lengths), batch.targets, seen))
     finally:
         model.train(was_training)
     if not found:
         return [np.empty(0, np.int64)] * 2
     return [torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True)]
+
+
+def seen_items(items: Tensor, lengths: Tensor) -> Tensor:
+    """The items of sessions, as `top_k` and `ranks` of `embcomp.scoring` take those that are to be left out.
+
+    What fills a batch up behind the ends, most often 0, is an item for them, and would be left out too.
+
+    Args:
+        items: int64 ``(B, L)``, the first ones of each row being the session.
+        lengths: int64 ``(B,)``.
+
+    Returns:
+        int64 ``(B, L)``, -1 behind the ends.
+
+    Raises:
+        InputError: if shapes do not go together, dtypes are not integers, or a length is not in ``[0, L]``.
+    """
+    check_sessions(items, lengths)
+    return items.masked_fill(~inside(lengths, items.shape[1]), -1)
 
 
 def evaluate_cases(

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embcomp.errors import InputError
-from embcomp.scoring import MatrixScorer
+from embcomp.scoring import MatrixScorer, top_k
 from recsys_models.data import Cases
 from recsys_models.ranking import (
     bound_cases,
@@ -17,12 +17,14 @@ from recsys_models.ranking import (
     metadata_bounds,
     rank_cases,
     ranking_metrics,
+    seen_items,
     sliced_metrics,
     slices_of,
 )
 from tests.recsys_models.session.tiny import NUM_ITEMS, tiny_log, tiny_model
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=40))
 def test_metrics_are_those_of_a_loop(ranks):
     found = ranking_metrics(np.array(ranks), (1, 10))
@@ -34,6 +36,7 @@ def test_metrics_are_those_of_a_loop(ranks):
         assert found[f"mrr@{cutoff}"] == pytest.approx(sum(1 / (r + 1) for r in ranks if r < cutoff) / len(ranks))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=20))
 def test_ties_at_random_are_the_mean_over_all_ranks_that_they_leave_open(bounds):
     best, worst = (np.array([pick(pair) for pair in bounds]) for pick in (min, max))
@@ -83,6 +86,16 @@ def test_seen_items_are_left_out_even_where_the_model_reads_fewer():
         own = scores[prefix[-1]]
         others = set(range(NUM_ITEMS)) - {target} - set(prefix.tolist())
         assert rank == sum(own[item] > own[target] for item in others)
+
+
+def test_zeros_behind_the_end_of_a_session_are_not_seen_items():
+    items, lengths = torch.tensor([[3, 0, 5], [7, 0, 0], [0, 0, 0]]), torch.tensor([3, 1, 0])
+    seen = seen_items(items, lengths)
+    assert seen.tolist() == [[3, 0, 5], [7, -1, -1], [-1, -1, -1]]
+    scorer = MatrixScorer(torch.eye(NUM_ITEMS)[:, :1])  # item 0 is the best
+    assert top_k(scorer, torch.ones(3, 1), 1, seen)[1].tolist() == [[1], [0], [0]]
+    with pytest.raises(InputError, match=r"session 1 has length 4, but must have one in \[0, 3\]"):
+        seen_items(items, torch.tensor([3, 4, 0]))
 
 
 def test_a_model_that_scores_all_alike_is_not_rewarded():
