@@ -557,11 +557,29 @@ def test_a_temperature_divides_scores():
         ("bert4rec", {"targets": "prefixes"}, "bert4rec learns from positions alone"),
         ("m2trec", {"targets": "positions"}, "m2trec learns from prefixes alone: leave it out, or set causal=True"),
         ("sasrec", {"targets": "prefixes", "windows": "all"}, "windows='all'"),
+        (
+            "m2trec",
+            {"categories": {"kind": True}},
+            r"categories=\{'kind': True\}\): must be dict\[str, float\] \| None, not dict\[str, bool\]",
+        ),
     ],
 )
 def test_wrong_options(name, options, message):
     with pytest.raises(ConfigError, match=message):
         tiny_model(LOG, name, **options)
+
+
+@pytest.mark.parametrize("name", ["narm", "sr_gnn", "m2trec"])
+def test_bug_windows_of_what_learns_from_prefixes_are_refused_before_training(name):
+    """They were built, and `fit` failed with a message on a mode that nobody had set."""
+    hint = ", set causal=True, or" if name == "m2trec" else ", or"
+    with pytest.raises(ConfigError, match=f"windows='all', but {name} learns from prefixes.*leave windows out{hint}"):
+        tiny_model(LOG, name, windows="all")
+
+
+@pytest.mark.parametrize(("name", "options"), [("bert4rec", {}), ("gru4rec", {}), ("m2trec", {"causal": True})])
+def test_windows_of_what_learns_from_positions_are_taken(name, options):
+    assert tiny_model(LOG, name, windows="all", **options).windows == "all"
 
 
 def test_metadata_needs_attributes():
