@@ -32,7 +32,7 @@ def ranking_metrics(
 
     Args:
         ranks: int64 ``(C,)``, numbers of items that were scored higher than the right one; C at least 1.
-        cutoffs: k: ranks from k on count as misses.
+        cutoffs: k, at least 1 each: ranks from k on count as misses.
         best: int64 ``(C,)``, the ranks where ties are won, if ``ranks`` are those where they are lost; None if nobody
             asks.
 
@@ -41,7 +41,8 @@ def ranking_metrics(
         ``"hr@k_random_ties"`` and so on: what is expected, exactly, if every rank between the two is as likely.
 
     Raises:
-        InputError: if there are no cases, a rank is negative, or ``best`` is of other cases or above ``ranks``.
+        InputError: if there are no cases, a rank is negative, ``best`` is of other cases or above ``ranks``, or a
+            cutoff is no int of at least 1.
     """
     if best is not None:
         at_random = {f"{name}{RANDOM_TIES}": value for name, value in _expected(best, ranks, cutoffs).items()}
@@ -57,6 +58,10 @@ def _expected(best: np.ndarray, worst: np.ndarray, cutoffs: Sequence[int]) -> di
         )
     found = {}
     for cutoff in cutoffs:
+        if isinstance(cutoff, bool) or not isinstance(cutoff, int | np.integer) or cutoff < 1:
+            raise InputError(
+                f"cutoffs={tuple(cutoffs)!r}: {cutoff!r} must be an int of at least 1, such as 10 for hr@10"
+            )
         places = np.arange(cutoff)
         gains = {"hr": np.ones(cutoff), "ndcg": 1 / np.log2(places + 2.0), "mrr": 1 / (places + 1.0)}
         first, behind = np.minimum(best, cutoff), np.minimum(worst + 1, cutoff)
@@ -183,7 +188,16 @@ def slices_of(catalogue: Catalogue, cases: Cases) -> dict[str, np.ndarray]:
 
     Returns:
         name -> bool ``(C,)``; the slices of each kind cover all cases, and some may be empty.
+
+    Raises:
+        InputError: if the right item of a case is outside the catalogue.
     """
+    outside = cases.targets[(cases.targets < 0) | (cases.targets >= catalogue.num_items)]
+    if len(outside):
+        raise InputError(
+            f"slices_of: the right item of a case is {int(outside[0])}, but this catalogue has items in "
+            f"[0, {catalogue.num_items}): give the catalogue and the cases of one log"
+        )
     seen = catalogue.counts[cases.targets]
     is_repeated = np.zeros(len(cases), dtype=bool)
     for case in np.flatnonzero(seen == 0).tolist():

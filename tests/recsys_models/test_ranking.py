@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from embcomp.errors import InputError
 from embcomp.scoring import MatrixScorer, top_k
-from recsys_models.data import Cases
+from recsys_models.data import Cases, Catalogue
 from recsys_models.ranking import (
     bound_cases,
     evaluate_cases,
@@ -21,7 +21,7 @@ from recsys_models.ranking import (
     sliced_metrics,
     slices_of,
 )
-from tests.recsys_models.session.tiny import NUM_ITEMS, tiny_log, tiny_model
+from tests.recsys_models.session.tiny import NUM_ITEMS, sequences, tiny_log, tiny_model
 
 
 @settings(deadline=None)
@@ -60,6 +60,13 @@ def test_wrong_ranks(ranks):
 def test_wrong_best_ranks(best):
     with pytest.raises(InputError, match="nowhere above"):
         ranking_metrics(np.array([3, 5]), best=best)
+
+
+@pytest.mark.parametrize("cutoff", [-1, 0, 2.5, True])
+def test_bug_cutoffs_that_are_no_numbers_of_items_are_named(cutoff):
+    """They were a raw error of NumPy, or metrics of nothing."""
+    with pytest.raises(InputError, match=rf"cutoffs=\(10, {cutoff}\): {cutoff} must be an int of at least 1"):
+        ranking_metrics(np.array([3, 5]), (10, cutoff))
 
 
 @pytest.mark.parametrize("filters_seen", [False, True])
@@ -139,6 +146,49 @@ def test_the_bounds_of_metadata_are_reached_by_a_model_that_knows_the_right_attr
     assert metadata_bounds(log, known) == ranking_metrics(worst, best=best)
     if used == 2:
         assert metadata_bounds(log) == metadata_bounds(log, known)
+
+
+def test_bug_slices_by_another_catalogue_are_refused():
+    """They were a raw IndexError."""
+    cases = tiny_log().test
+    with pytest.raises(InputError, match=r"is \d+, but this catalogue has items in \[0, 12\): give the catalogue and"):
+        slices_of(tiny_log(num_items=12).catalogue, cases)
+
+
+@pytest.mark.parametrize(
+    ("count", "name"),
+    [(0, "unseen"), (1, "seen < 5"), (4, "seen < 5"), (5, "seen < 10"), (9, "seen < 10"), (10, "seen ≥ 10")],
+)
+def test_items_are_sliced_at_5_and_10_events(count, name):
+    catalogue = Catalogue(3, np.array([99, count, 3]), np.arange(3), ())
+    slices = slices_of(catalogue, Cases(sequences([0, 1]), np.array([0], np.int32), np.array([1], np.int32)))
+    assert [key for key, chosen in slices.items() if "seen" in key and chosen.all()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("length", "name"),
+    [
+        *((1, "length ≤ 2"), (2, "length ≤ 2"), (3, "length ≤ 5"), (5, "length ≤ 5"), (6, "length ≤ 10")),
+        *((10, "length ≤ 10"), (11, "length ≤ 20"), (20, "length ≤ 20"), (21, "length > 20")),
+    ],
+)
+def test_prefixes_are_sliced_at_2_5_10_and_20_items(length, name):
+    catalogue = Catalogue(3, np.array([9, 9, 9]), np.arange(3), ())
+    cases = Cases(sequences([0] * length + [1]), np.array([0], np.int32), np.array([length], np.int32))
+    slices = slices_of(catalogue, cases)
+    assert [key for key, chosen in slices.items() if "length" in key and chosen.all()] == [name]
+
+
+@pytest.mark.parametrize("evaluate", [rank_cases, bound_cases, evaluate_cases])
+@pytest.mark.parametrize("items", ["id", "metadata"])
+def test_the_catalogue_is_composed_once_for_all_batches(items, evaluate, monkeypatch):
+    log, made = tiny_log(), []
+    model = tiny_model(log, items=items)
+    scorer = model.scorer
+    monkeypatch.setattr(model, "scorer", lambda: made.append(torch.is_grad_enabled()) or scorer())
+    assert len(log.test) > 2 * 16
+    evaluate(model, log.test, batch_size=16)
+    assert made == [False]
 
 
 def test_no_cases():

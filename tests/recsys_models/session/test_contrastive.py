@@ -113,8 +113,11 @@ def test_values_of_bags_are_dropped_and_others_never():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"items": "id"}, "at least two attributes; these have 0"),
-        ({"attributes": "kind"}, "these have 1"),
+        (
+            {"items": "id"},
+            "at least two attributes; these have 0: set items='metadata' or 'hybrid', or set ssl_weight=0",
+        ),
+        ({"attributes": "kind"}, "these have 1: name another in attributes, or set ssl_weight=0"),
         ({"ssl_masking": "half"}, "ssl_masking='half'"),
         ({"ssl_temperature": 0.0}, "above 0"),
         ({"ssl_temperature": float("inf")}, "above 0 and finite"),
