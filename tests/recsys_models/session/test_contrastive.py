@@ -95,6 +95,18 @@ def test_items_are_drawn_uniformly_and_once(num_items, number):
     assert ((found - 4000 * share).abs() <= 5 * (4000 * share * (1 - share)) ** 0.5).all()
 
 
+def test_the_loss_is_of_items_drawn_anew_and_uniformly_from_the_whole_catalogue(monkeypatch):
+    model, seen = tiny_model(tiny_log(), "m2trec", ssl_weight=1.0, ssl_items=5), []
+    view = model.items.view
+    monkeypatch.setattr(model.items, "view", lambda ids, *rest: seen.append(ids) or view(ids, *rest))
+    for _ in range(600):
+        model.contrastive(model.items)
+    assert all(torch.equal(first, second) for first, second in zip(seen[::2], seen[1::2], strict=True))
+    assert all(ids.unique().numel() == 5 for ids in seen)
+    found, share = torch.bincount(torch.cat(seen[::2]), minlength=NUM_ITEMS), 5 / NUM_ITEMS
+    assert ((found - 600 * share).abs() <= 5 * (600 * share * (1 - share)) ** 0.5).all()
+
+
 def test_drawing_takes_no_memory_for_the_catalogue():
     with (largest := LargestTensor()):
         draw_distinct(10**9, 512)
