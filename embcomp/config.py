@@ -201,8 +201,16 @@ def check_field_types(config: object) -> None:
         value = getattr(config, field.name)
         if not _is_of(value, hints[field.name]):
             raise ConfigError(
-                f"{type(config).__name__}({field.name}={value!r}): must be {field.type}, not {type(value).__name__}"
+                f"{type(config).__name__}({field.name}={value!r}): must be {field.type}, not {_type_of(value)}"
             )
+
+
+def _type_of(value: Any) -> str:
+    """The name of a value's type, with those of what a dict holds."""
+    if not isinstance(value, dict) or not value:
+        return type(value).__name__
+    keys, values = (" | ".join(sorted({type(part).__name__ for part in parts})) for parts in (value, value.values()))
+    return f"dict[{keys}, {values}]"
 
 
 @functools.cache  # searches make a config for every form that they weigh

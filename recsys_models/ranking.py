@@ -12,7 +12,8 @@ from embcomp.errors import InputError
 from embcomp.scoring import rank_bounds, ranks
 from recsys_models.data import Attribute, Cases, Catalogue, SessionLog
 from recsys_models.metrics import device_of
-from recsys_models.session.ranker import Ranker
+from recsys_models.session.layers import inside
+from recsys_models.session.ranker import Ranker, check_sessions
 
 CUTOFFS = (10, 20)
 RARE = (5, 10)
@@ -31,7 +32,7 @@ def ranking_metrics(
 
     Args:
         ranks: int64 ``(C,)``, numbers of items that were scored higher than the right one; C at least 1.
-        cutoffs: k: ranks from k on count as misses.
+        cutoffs: k, at least 1 each: ranks from k on count as misses.
         best: int64 ``(C,)``, the ranks where ties are won, if ``ranks`` are those where they are lost; None if nobody
             asks.
 
@@ -40,7 +41,8 @@ def ranking_metrics(
         ``"hr@k_random_ties"`` and so on: what is expected, exactly, if every rank between the two is as likely.
 
     Raises:
-        InputError: if there are no cases, a rank is negative, or ``best`` is of other cases or above ``ranks``.
+        InputError: if there are no cases, a rank is negative, ``best`` is of other cases or above ``ranks``, or a
+            cutoff is no int of at least 1.
     """
     if best is not None:
         at_random = {f"{name}{RANDOM_TIES}": value for name, value in _expected(best, ranks, cutoffs).items()}
@@ -56,6 +58,10 @@ def _expected(best: np.ndarray, worst: np.ndarray, cutoffs: Sequence[int]) -> di
         )
     found = {}
     for cutoff in cutoffs:
+        if isinstance(cutoff, bool) or not isinstance(cutoff, int | np.integer) or cutoff < 1:
+            raise InputError(
+                f"cutoffs={tuple(cutoffs)!r}: {cutoff!r} must be an int of at least 1, such as 10 for hr@10"
+            )
         places = np.arange(cutoff)
         gains = {"hr": np.ones(cutoff), "ndcg": 1 / np.log2(places + 2.0), "mrr": 1 / (places + 1.0)}
         first, behind = np.minimum(best, cutoff), np.minimum(worst + 1, cutoff)
@@ -109,14 +115,32 @@ def _ranked(
             for batch in batches:
                 seen = None
                 if filters_seen:
-                    place = torch.arange(batch.items.shape[1], device=batch.items.device)
-                    seen = batch.items.masked_fill(place >= batch.lengths[:, None], -1)
+                    seen = seen_items(batch.items, batch.lengths)
                 found.append(rank(scorer, model.queries(batch.items, batch.lengths), batch.targets, seen))
     finally:
         model.train(was_training)
     if not found:
         return [np.empty(0, np.int64)] * 2
     return [torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True)]
+
+
+def seen_items(items: Tensor, lengths: Tensor) -> Tensor:
+    """The items of sessions, as `top_k` and `ranks` of `embcomp.scoring` take those that are to be left out.
+
+    What fills a batch up behind the ends, most often 0, is an item for them, and would be left out too.
+
+    Args:
+        items: int64 ``(B, L)``, the first ones of each row being the session.
+        lengths: int64 ``(B,)``.
+
+    Returns:
+        int64 ``(B, L)``, -1 behind the ends.
+
+    Raises:
+        InputError: if shapes do not go together, dtypes are not integers, or a length is not in ``[0, L]``.
+    """
+    check_sessions(items, lengths)
+    return items.masked_fill(~inside(lengths, items.shape[1]), -1)
 
 
 def evaluate_cases(
@@ -164,7 +188,16 @@ def slices_of(catalogue: Catalogue, cases: Cases) -> dict[str, np.ndarray]:
 
     Returns:
         name -> bool ``(C,)``; the slices of each kind cover all cases, and some may be empty.
+
+    Raises:
+        InputError: if the right item of a case is outside the catalogue.
     """
+    outside = cases.targets[(cases.targets < 0) | (cases.targets >= catalogue.num_items)]
+    if len(outside):
+        raise InputError(
+            f"slices_of: the right item of a case is {int(outside[0])}, but this catalogue has items in "
+            f"[0, {catalogue.num_items}): give the catalogue and the cases of one log"
+        )
     seen = catalogue.counts[cases.targets]
     is_repeated = np.zeros(len(cases), dtype=bool)
     for case in np.flatnonzero(seen == 0).tolist():

@@ -85,6 +85,7 @@ class TestParse:
         assert Budget.parse(budget) is budget
         assert str(budget) == "10x"
 
+    @settings(deadline=None)
     @given(st.floats(1e-9, 1.0), st.integers(1, 2**45))
     def test_a_share_is_never_more_than_itself(self, share, full):
         count = Budget.parse(share).bytes(full)

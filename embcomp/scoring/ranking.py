@@ -28,11 +28,16 @@ def top_k(
 ) -> tuple[Tensor, Tensor]:
     """Find the k items of the largest scores for each query, exactly; of equal scores the smaller id comes first.
 
+    Scores are compared as they are computed. Products of matrices may round the scores of equal vectors differently, by
+    where in a chunk their items are; such items come in the order of their rounded scores. `rank_bounds` counts them as
+    ties.
+
     Args:
         scorer: the catalogue of V items.
         queries: float ``(B, D)``.
         k: how many, 1 to V.
-        exclude: int64 ``(B, n)``, items that are not to be found, such as those of the user's past; filled up with -1.
+        exclude: int64 ``(B, n)``, items that are not to be found, such as those of the user's past; filled up with -1
+            where there are fewer, not with 0, which is an item.
         chunk: items that are scored at once; None for as many as are fast.
 
     Returns:

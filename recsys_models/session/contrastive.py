@@ -57,9 +57,10 @@ class Contrastive(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(items, MetadataItems) or len(attributes) < 2:
+            way = "name another in attributes" if attributes else "set items='metadata' or 'hybrid'"
             raise ConfigError(
-                f"ssl_weight above 0 needs items of at least two attributes; these have {len(attributes)}: set "
-                "items='metadata' or 'hybrid', or ssl_weight=0"
+                f"ssl_weight above 0 needs items of at least two attributes; these have {len(attributes)}: {way}, or "
+                "set ssl_weight=0"
             )
         if masking not in MASKINGS or not 0 < temperature < math.inf or number < 2:
             raise ConfigError(

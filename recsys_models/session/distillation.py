@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from recsys_models.session.items import Items
 def distill_(
     items: Items,
     vectors: Tensor,
-    counts: Tensor,
+    counts: Tensor | np.ndarray,
     steps: int = 1000,
     batch_size: int = 1024,
     learning_rate: float = 3e-3,
@@ -24,8 +25,10 @@ def distill_(
 
     Args:
         items: to fit, in place; their tables are trained too.
-        vectors: float32 ``(V, D)``, rows of a trained table; not all the same.
-        counts: int64 ``(V,)``; items are drawn by them, so those without any are left to what they share with others.
+        vectors: float32 ``(V, D)``, rows of a trained table, such as `EmbeddingTables.materialize` gives; not all the
+            same. The table is not trained.
+        counts: int64 ``(V,)``, such as those of the catalogue; items are drawn by them, so those without any are left
+            to what they share with others.
         steps: of Adam, whose rate falls to zero along a cosine.
         batch_size: items per step.
         learning_rate: at first.
@@ -44,6 +47,7 @@ def distill_(
             f"steps={steps} must be at least 0, batch_size={batch_size} at least 1, learning_rate={learning_rate} "
             "above 0 and finite"
         )
+    vectors, counts = vectors.detach(), torch.tensor(counts) if isinstance(counts, np.ndarray) else counts
     _check_targets(items, vectors, counts)
     generator = torch.Generator().manual_seed(seed)
     weights = counts.double().cpu()

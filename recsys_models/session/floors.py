@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from scipy import sparse
 from torch import Tensor
 
-from embcomp.errors import ConfigError
+from embcomp.errors import ConfigError, InputError
 from embcomp.range_scores import check_queries
 from embcomp.scoring import ItemScorer
 from embcomp.storage import Ids
 from embcomp.stretches import Stretch
 from recsys_models.data import Sequences
 from recsys_models.metrics import device_of
-from recsys_models.session.ranker import Ranker
+from recsys_models.session.ranker import Ranker, check_sessions
 
 _SESSIONS = 65536
 
@@ -41,7 +41,12 @@ class Popularity(Ranker):
         self.register_buffer("counts", torch.tensor(counts, dtype=torch.float32))
 
     def queries(self, items: Tensor, lengths: Tensor) -> Tensor:
-        """Scores of all items, float32 ``(B, V)``; they depend on nothing."""
+        """Scores of all items, float32 ``(B, V)``; they depend on nothing.
+
+        Raises:
+            InputError: if these are not sessions and their lengths; see `SessionModel.forward`.
+        """
+        check_sessions(items, lengths)
         return self.counts.expand(len(items), -1)
 
     def scorer(self) -> Scored:
@@ -60,6 +65,10 @@ class ItemKNN(Ranker):
         num_items: V.
         neighbours: most similar items that are kept of each.
         regularization: that constant.
+
+    Raises:
+        ConfigError: if ``neighbours`` or ``regularization`` is out of range.
+        InputError: if sessions have an item outside ``[0, V)``.
     """
 
     max_length = 1
@@ -72,6 +81,7 @@ class ItemKNN(Ranker):
             raise ConfigError(
                 f"ItemKNN(neighbours={neighbours}, regularization={regularization}): at least 1, and at least 0"
             )
+        _check_items(train.items, num_items, "sessions to learn from")
         self.num_items = num_items
         kept = min(neighbours, num_items)
         near, similarity = np.zeros((num_items, kept), np.int64), np.zeros((num_items, kept), np.float32)
@@ -87,8 +97,16 @@ class ItemKNN(Ranker):
         self.register_buffer("similarity", torch.from_numpy(similarity))
 
     def queries(self, items: Tensor, lengths: Tensor) -> Tensor:
-        """Scores of all items, float32 ``(B, V)``; zeros where a session is empty."""
-        last = items.gather(1, (lengths - 1).clamp_min(0)[:, None]).squeeze(1)
+        """Scores of all items, float32 ``(B, V)``; zeros where a session is empty.
+
+        Raises:
+            InputError: if these are not sessions and their lengths, see `SessionModel.forward`, or the last item of one
+                is outside ``[0, V)``.
+        """
+        check_sessions(items, lengths)
+        items, lengths = items.long(), lengths.long()
+        last = items.gather(1, (lengths - 1).clamp_min(0)[:, None]).squeeze(1).masked_fill(lengths == 0, 0)
+        _check_items(last, self.num_items, "sessions")
         values = self.similarity[last] * (lengths > 0)[:, None]
         scores = torch.zeros(len(items), self.num_items, device=items.device)
         return scores.scatter_add_(1, self.near[last], values)  # places that are left over add zeros to item 0
@@ -137,6 +155,16 @@ class Scored(ItemScorer):
 
     def _rows(self, ids: Ids) -> Tensor:
         return self.vectors(torch.arange(ids.start, ids.stop, device=self.device) if isinstance(ids, range) else ids)
+
+
+def _check_items(items: Tensor | np.ndarray, num_items: int, what: str) -> None:
+    """Raise `InputError` unless all items are in ``[0, V)``."""
+    outside = items[(items < 0) | (items >= num_items)]
+    if len(outside):
+        raise InputError(
+            f"ItemKNN: {what} have item {int(outside[0])}, but there are items in [0, {num_items}): give num_items and "
+            "sessions of one catalogue"
+        )
 
 
 def _together(train: Sequences, num_items: int) -> sparse.csr_matrix:

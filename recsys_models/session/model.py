@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embcomp import EmbeddingTables
-from embcomp.errors import ConfigError, InputError
+from embcomp.errors import ConfigError
 from embcomp.scoring import ItemScorer
 from recsys_models.data import NO_TARGET, Attribute, SessionBatch
 from recsys_models.session.contrastive import Contrastive
@@ -21,7 +21,7 @@ from recsys_models.session.encoders import Encoder, Examples, Sessions
 from recsys_models.session.items import Items, ItemTable
 from recsys_models.session.layers import inside
 from recsys_models.session.objectives import Objective
-from recsys_models.session.ranker import Ranker
+from recsys_models.session.ranker import Ranker, check_sessions
 
 
 class SessionModel(Ranker):
@@ -145,7 +145,7 @@ class SessionModel(Ranker):
 
     def _latest(self, items: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """The last items of each session, as many as the encoder takes."""
-        _check_sessions(items, lengths)
+        check_sessions(items, lengths)
         if items.shape[1] > self.max_length:
             start = (lengths - self.max_length).clamp_min(0)
             place = start[:, None] + torch.arange(self.max_length, device=items.device)
@@ -157,21 +157,3 @@ def _category_loss(scores: Tensor, values: Tensor) -> Tensor:
     """The mean cross-entropy over values int64 ``(N,)`` that are known; 0 where none is."""
     total = F.cross_entropy(scores, values, ignore_index=NO_TARGET, reduction="sum")
     return total / (values != NO_TARGET).sum().clamp_min(1)
-
-
-def _check_sessions(items: Tensor, lengths: Tensor) -> None:
-    """Raise `InputError` unless these are sessions ``(B, L)`` and their lengths ``(B,)``, each in ``[0, L]``."""
-    integers = (torch.int64, torch.int32)
-    if items.dim() != 2 or lengths.shape != items.shape[:1] or items.shape[1] < 1:
-        raise InputError(
-            f"items {tuple(items.shape)} and lengths {tuple(lengths.shape)} must be int64 (B, L) and (B,), L >= 1"
-        )
-    if items.dtype not in integers or lengths.dtype not in integers:
-        raise InputError(f"items {items.dtype} and lengths {lengths.dtype} must be int64: call .long()")
-    wrong = (lengths < 0) | (lengths > items.shape[1])
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise InputError(
-            f"session {row} has length {int(lengths[row])}, but must have one in [0, {items.shape[1]}], as many as "
-            "items has columns"
-        )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
+from embcomp.errors import InputError
 from embcomp.scoring import ItemScorer
 
 
@@ -32,3 +34,21 @@ class Ranker(nn.Module, ABC):
     @abstractmethod
     def scorer(self) -> ItemScorer:
         """What scores queries."""
+
+
+def check_sessions(items: Tensor, lengths: Tensor) -> None:
+    """Raise `InputError` unless these are sessions ``(B, L)`` and their lengths ``(B,)``, each in ``[0, L]``."""
+    integers = (torch.int64, torch.int32)
+    if items.dim() != 2 or lengths.shape != items.shape[:1] or items.shape[1] < 1:
+        raise InputError(
+            f"items {tuple(items.shape)} and lengths {tuple(lengths.shape)} must be int64 (B, L) and (B,), L >= 1"
+        )
+    if items.dtype not in integers or lengths.dtype not in integers:
+        raise InputError(f"items {items.dtype} and lengths {lengths.dtype} must be int64: call .long()")
+    wrong = (lengths < 0) | (lengths > items.shape[1])
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise InputError(
+            f"session {row} has length {int(lengths[row])}, but must have one in [0, {items.shape[1]}], as many as "
+            "items has columns"
+        )

@@ -232,6 +232,12 @@ def _encoder(name: str, dim: int, config: ModelConfig, options: dict[str, Any]) 
                 f"targets={config.targets!r}, but {name} learns from {encoder.targets} alone: leave it out{hint}"
             )
         encoder.targets = str(config.targets)
+    if config.windows == "all" and encoder.targets != "positions":
+        hint = ", set causal=True" if isinstance(encoder, M2TRec) else ""
+        raise ConfigError(
+            f"windows='all', but {name} learns from prefixes, all of which are learned from anyway: leave windows "
+            f"out{hint}, or use a model that learns from every position, such as 'sasrec'"
+        )
     return encoder
 
 

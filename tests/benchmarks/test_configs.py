@@ -15,7 +15,7 @@ from recsys_models.ctr import MODELS
 from recsys_models.data import list_session_datasets
 from recsys_models.data.registry import READERS, make_reader
 from recsys_models.data.sessions.registry import SESSION_READERS, make_session_reader
-from recsys_models.session import ENCODERS, model_options
+from recsys_models.session import ENCODERS, ModelConfig, model_options
 from recsys_models.training import TrainingConfig
 
 
@@ -80,6 +80,24 @@ def test_default_training_is_the_codes_default():
     assert TrainingConfig(**values(compose(), "training")[1]) == TrainingConfig()
 
 
+def check_parts(config):
+    """Model, data and training of a composed config are such as the code takes."""
+    model, data = dict(config["model"]), dict(config["data"])
+    name = model.pop("name")
+    if name in ENCODERS:
+        assert set(model) <= set(model_options(name))
+        shared = {field.name for field in dataclasses.fields(ModelConfig)}
+        of_all = ModelConfig(**{key: value for key, value in model.items() if key in shared})
+        own = {key: value for key, value in model.items() if key not in shared}
+        encoder = ENCODERS[name](config["embedding_dim"], of_all.max_length, **own)
+        assert of_all.windows == "last" or encoder.targets == "positions"
+        make_session_reader(data.pop("name"), **data)
+    else:
+        assert set(model) <= set(inspect.signature(MODELS[name]).parameters)
+        make_reader(data.pop("name"), **data)
+    TrainingConfig(**config["training"])
+
+
 @pytest.mark.parametrize("name", options_of("experiment"))
 def test_experiments_compose_for_every_point(name):
     config = compose(f"experiment={name}")
@@ -93,5 +111,6 @@ def test_experiments_compose_for_every_point(name):
         config = {key: value for key, value in OmegaConf.to_container(composed).items() if key != "hydra"}
         cell = Cell(config)
         make_config(**{("strategy" if key == "name" else key): value for key, value in config["strategy"].items()})
+        check_parts(config)
         points.add(cell.digest)
     assert len(points) == len(list(itertools.product(*choices)))

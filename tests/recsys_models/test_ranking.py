@@ -5,24 +5,26 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embcomp.errors import InputError
-from embcomp.scoring import MatrixScorer
-from recsys_models.data import Cases
+from embcomp.scoring import MatrixScorer, top_k
+from recsys_models.data import Cases, Catalogue
 from recsys_models.ranking import (
     bound_cases,
     evaluate_cases,
     metadata_bounds,
     rank_cases,
     ranking_metrics,
+    seen_items,
     sliced_metrics,
     slices_of,
 )
-from tests.recsys_models.session.tiny import NUM_ITEMS, tiny_log, tiny_model
+from tests.recsys_models.session.tiny import NUM_ITEMS, sequences, tiny_log, tiny_model
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=40))
 def test_metrics_are_those_of_a_loop(ranks):
     found = ranking_metrics(np.array(ranks), (1, 10))
@@ -34,6 +36,7 @@ def test_metrics_are_those_of_a_loop(ranks):
         assert found[f"mrr@{cutoff}"] == pytest.approx(sum(1 / (r + 1) for r in ranks if r < cutoff) / len(ranks))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=20))
 def test_ties_at_random_are_the_mean_over_all_ranks_that_they_leave_open(bounds):
     best, worst = (np.array([pick(pair) for pair in bounds]) for pick in (min, max))
@@ -57,6 +60,13 @@ def test_wrong_ranks(ranks):
 def test_wrong_best_ranks(best):
     with pytest.raises(InputError, match="nowhere above"):
         ranking_metrics(np.array([3, 5]), best=best)
+
+
+@pytest.mark.parametrize("cutoff", [-1, 0, 2.5, True])
+def test_bug_cutoffs_that_are_no_numbers_of_items_are_named(cutoff):
+    """They were a raw error of NumPy, or metrics of nothing."""
+    with pytest.raises(InputError, match=rf"cutoffs=\(10, {cutoff}\): {cutoff} must be an int of at least 1"):
+        ranking_metrics(np.array([3, 5]), (10, cutoff))
 
 
 @pytest.mark.parametrize("filters_seen", [False, True])
@@ -83,6 +93,16 @@ def test_seen_items_are_left_out_even_where_the_model_reads_fewer():
         own = scores[prefix[-1]]
         others = set(range(NUM_ITEMS)) - {target} - set(prefix.tolist())
         assert rank == sum(own[item] > own[target] for item in others)
+
+
+def test_zeros_behind_the_end_of_a_session_are_not_seen_items():
+    items, lengths = torch.tensor([[3, 0, 5], [7, 0, 0], [0, 0, 0]]), torch.tensor([3, 1, 0])
+    seen = seen_items(items, lengths)
+    assert seen.tolist() == [[3, 0, 5], [7, -1, -1], [-1, -1, -1]]
+    scorer = MatrixScorer(torch.eye(NUM_ITEMS)[:, :1])  # item 0 is the best
+    assert top_k(scorer, torch.ones(3, 1), 1, seen)[1].tolist() == [[1], [0], [0]]
+    with pytest.raises(InputError, match=r"session 1 has length 4, but must have one in \[0, 3\]"):
+        seen_items(items, torch.tensor([3, 4, 0]))
 
 
 def test_a_model_that_scores_all_alike_is_not_rewarded():
@@ -126,6 +146,49 @@ def test_the_bounds_of_metadata_are_reached_by_a_model_that_knows_the_right_attr
     assert metadata_bounds(log, known) == ranking_metrics(worst, best=best)
     if used == 2:
         assert metadata_bounds(log) == metadata_bounds(log, known)
+
+
+def test_bug_slices_by_another_catalogue_are_refused():
+    """They were a raw IndexError."""
+    cases = tiny_log().test
+    with pytest.raises(InputError, match=r"is \d+, but this catalogue has items in \[0, 12\): give the catalogue and"):
+        slices_of(tiny_log(num_items=12).catalogue, cases)
+
+
+@pytest.mark.parametrize(
+    ("count", "name"),
+    [(0, "unseen"), (1, "seen < 5"), (4, "seen < 5"), (5, "seen < 10"), (9, "seen < 10"), (10, "seen ≥ 10")],
+)
+def test_items_are_sliced_at_5_and_10_events(count, name):
+    catalogue = Catalogue(3, np.array([99, count, 3]), np.arange(3), ())
+    slices = slices_of(catalogue, Cases(sequences([0, 1]), np.array([0], np.int32), np.array([1], np.int32)))
+    assert [key for key, chosen in slices.items() if "seen" in key and chosen.all()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("length", "name"),
+    [
+        *((1, "length ≤ 2"), (2, "length ≤ 2"), (3, "length ≤ 5"), (5, "length ≤ 5"), (6, "length ≤ 10")),
+        *((10, "length ≤ 10"), (11, "length ≤ 20"), (20, "length ≤ 20"), (21, "length > 20")),
+    ],
+)
+def test_prefixes_are_sliced_at_2_5_10_and_20_items(length, name):
+    catalogue = Catalogue(3, np.array([9, 9, 9]), np.arange(3), ())
+    cases = Cases(sequences([0] * length + [1]), np.array([0], np.int32), np.array([length], np.int32))
+    slices = slices_of(catalogue, cases)
+    assert [key for key, chosen in slices.items() if "length" in key and chosen.all()] == [name]
+
+
+@pytest.mark.parametrize("evaluate", [rank_cases, bound_cases, evaluate_cases])
+@pytest.mark.parametrize("items", ["id", "metadata"])
+def test_the_catalogue_is_composed_once_for_all_batches(items, evaluate, monkeypatch):
+    log, made = tiny_log(), []
+    model = tiny_model(log, items=items)
+    scorer = model.scorer
+    monkeypatch.setattr(model, "scorer", lambda: made.append(torch.is_grad_enabled()) or scorer())
+    assert len(log.test) > 2 * 16
+    evaluate(model, log.test, batch_size=16)
+    assert made == [False]
 
 
 def test_no_cases():

@@ -116,6 +116,37 @@ class TestTies:
         exclude = torch.tensor([[0, 2, 4]])
         assert top_k(scorer, torch.ones(1, 2), 3, exclude)[1].tolist() == [[1, 3, 5]]
 
+    @pytest.mark.parametrize("chunk", [None, 1000])
+    def test_equal_vectors_are_found_by_rising_id_where_their_scores_are_exact(self, chunk):
+        """Whole numbers are, in any order of additions: of every five items in a row, all have one vector."""
+        groups = torch.randint(-9, 10, (800, 64)).float()
+        scorer, queries = MatrixScorer(groups.repeat_interleave(5, 0)), torch.randint(-9, 10, (3, 64)).float()
+        exclude = torch.randint(4000, (3, 50))
+        values, ids = top_k(scorer, queries, 100, exclude, chunk)
+        wanted_values, wanted = slow_top_k(scorer.scores(queries), 100, exclude)
+        assert torch.equal(ids, wanted)
+        assert torch.equal(values, wanted_values)
+
+    @pytest.mark.parametrize("chunk", [None, 1000])
+    @pytest.mark.parametrize("num_items", [50, 4099])
+    @pytest.mark.parametrize("num_queries", [1, 2, 5])
+    def test_equal_vectors_are_found_in_the_order_of_their_rounded_scores(self, num_queries, num_items, chunk):
+        """Products of matrices round their last columns in another way, so that 4096 may come before 0."""
+        scorer = MatrixScorer(torch.randn(1, 64).expand(num_items, 64).contiguous())
+        queries = torch.randn(num_queries, 64)
+        values, ids = top_k(scorer, queries, 10, chunk=chunk)
+        starts = range(0, num_items, chunk or num_items)
+        score = scorer.scoring(queries)
+        scores = torch.cat([score(range(i, min(i + (chunk or num_items), num_items))) for i in starts], dim=1)
+        wanted_values, wanted = slow_top_k(scores, 10, torch.full((num_queries, 1), -1))
+        assert torch.equal(ids, wanted)
+        assert torch.equal(values, wanted_values)
+        rounding = scorer.rounding(queries, ids[:, 0])
+        assert (values[:, 0] - values[:, -1] <= rounding).all()
+        best, worst = rank_bounds(scorer, queries, ids[:, 0])
+        assert not best.any()
+        assert (worst == num_items - 1).all()
+
     def test_one_item(self):
         scorer = MatrixScorer(torch.ones(1, 2))
         assert ranks(scorer, torch.ones(2, 2), torch.zeros(2, dtype=torch.long)).tolist() == [0, 0]

@@ -200,6 +200,7 @@ def test_dense_bytes_are_those_of_the_plain_form(rows):
     assert dense_bytes(SEGMENTS, 5, RowFormat.parse(rows).resolve(5)) == sum(served.serve_bytes())
 
 
+@settings(deadline=None)
 @given(size=st.integers(0, 10**6), segments=st.lists(st.integers(0, 99), min_size=1, max_size=6))
 def test_shared_bytes_are_shared_out_by_rows(size, segments):
     shares = share_out(size, segments)
@@ -256,6 +257,7 @@ def test_a_lookup_makes_no_tensor_that_grows_with_the_rows(layout, rows):
 # ---- bitmaps --------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.lists(st.booleans(), max_size=300))
 def test_bitmaps_say_who_is_in_and_how_many_come_before(flags):
     members = [place for place, flag in enumerate(flags) if flag]

@@ -95,6 +95,18 @@ def test_items_are_drawn_uniformly_and_once(num_items, number):
     assert ((found - 4000 * share).abs() <= 5 * (4000 * share * (1 - share)) ** 0.5).all()
 
 
+def test_the_loss_is_of_items_drawn_anew_and_uniformly_from_the_whole_catalogue(monkeypatch):
+    model, seen = tiny_model(tiny_log(), "m2trec", ssl_weight=1.0, ssl_items=5), []
+    view = model.items.view
+    monkeypatch.setattr(model.items, "view", lambda ids, *rest: seen.append(ids) or view(ids, *rest))
+    for _ in range(600):
+        model.contrastive(model.items)
+    assert all(torch.equal(first, second) for first, second in zip(seen[::2], seen[1::2], strict=True))
+    assert all(ids.unique().numel() == 5 for ids in seen)
+    found, share = torch.bincount(torch.cat(seen[::2]), minlength=NUM_ITEMS), 5 / NUM_ITEMS
+    assert ((found - 600 * share).abs() <= 5 * (600 * share * (1 - share)) ** 0.5).all()
+
+
 def test_drawing_takes_no_memory_for_the_catalogue():
     with (largest := LargestTensor()):
         draw_distinct(10**9, 512)
@@ -113,8 +125,11 @@ def test_values_of_bags_are_dropped_and_others_never():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"items": "id"}, "at least two attributes; these have 0"),
-        ({"attributes": "kind"}, "these have 1"),
+        (
+            {"items": "id"},
+            "at least two attributes; these have 0: set items='metadata' or 'hybrid', or set ssl_weight=0",
+        ),
+        ({"attributes": "kind"}, "these have 1: name another in attributes, or set ssl_weight=0"),
         ({"ssl_masking": "half"}, "ssl_masking='half'"),
         ({"ssl_temperature": 0.0}, "above 0"),
         ({"ssl_temperature": float("inf")}, "above 0 and finite"),
@@ -152,6 +167,33 @@ def test_vectors_that_follow_from_attributes_are_distilled_and_others_as_far_as_
     assert least <= found + 1e-6
     assert found < least + 0.05
     assert distill_(tiny_model(log, "m2trec", items="hybrid").items, mixed, counts, steps=3000) < least / 2
+
+
+def test_items_that_differ_in_nothing_but_how_often_they_occur_share_the_vector_of_the_frequent_one():
+    """The mean by counts is the best vector of a kind, and what is left of it is weighted so too."""
+    generator, place = torch.Generator().manual_seed(0), torch.arange(NUM_ITEMS)
+    kinds, apart = torch.randn(2, 6, 16, generator=generator)
+    is_frequent = place < 6
+    vectors = kinds[place % 6] + torch.where(is_frequent, 1, -1)[:, None] * apart[place % 6]
+    counts = torch.where(is_frequent, 100, 1)
+    items = tiny_model(tiny_log(), "m2trec", attributes="kind").items
+    assert distill_(items, vectors, counts) < 0.12
+    along = ((items(torch.arange(6)) - kinds) * apart).sum(1) / apart.square().sum(1)
+    torch.testing.assert_close(along, torch.full((6,), (100 - 4) / 104), atol=0.2, rtol=0)  # -0.6 where all count alike
+
+
+def test_bug_a_trained_table_is_distilled_as_its_model_and_catalogue_give_it():
+    """Its rows have gradients, which the second step went through again, and counts are of NumPy."""
+    log = tiny_log()
+    trained = tiny_model(log)
+    before = copy.deepcopy(trained.state_dict())
+    arguments = (trained.tables.materialize("item"), log.catalogue.counts)
+    assert arguments[0].requires_grad
+    left = distill_(tiny_model(log, "m2trec").items, *arguments, steps=3)
+    plain = (arguments[0].detach(), torch.from_numpy(log.catalogue.counts))
+    assert distill_(tiny_model(log, "m2trec").items, *plain, steps=3) == left
+    assert all(p.grad is None for p in trained.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
 
 
 NAN, INF = float("nan"), float("inf")

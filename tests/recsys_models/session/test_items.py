@@ -285,6 +285,36 @@ def test_floors_are_ranked_like_models():
     assert F.one_hot(torch.tensor([2]), 3).float().equal(popular.scorer().vectors(torch.tensor([2]))[:, :3])
 
 
+@pytest.mark.parametrize("item", [31, NUM_ITEMS, -1])
+def test_bug_items_that_item_knn_does_not_know_are_named(item):
+    """The process died of them in training; asked for, they were a raw IndexError, and -1 was the last item."""
+    log = tiny_log()
+    message = rf"have item {item}, but there are items in \[0, 30\)"
+    with pytest.raises(InputError, match=f"sessions to learn from {message}"):
+        ItemKNN(sequences([1, 2, 3], [4, item, 5]), NUM_ITEMS)
+    model = ItemKNN(log.train, NUM_ITEMS)
+    with pytest.raises(InputError, match=f"ItemKNN: sessions {message}"):
+        model.queries(torch.tensor([[3, 4], [3, item]]), torch.tensor([2, 2]))
+    behind = model.queries(torch.tensor([[3, 4], [3, item], [item, 0]]), torch.tensor([2, 1, 0]))
+    assert torch.equal(behind, model.queries(torch.tensor([[3, 4], [3, 0], [0, 0]]), torch.tensor([2, 1, 0])))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda log: Popularity(log.catalogue.counts), lambda log: ItemKNN(log.train, NUM_ITEMS)]
+)
+def test_bug_floors_check_sessions_as_models_do(make):
+    """A length beyond the width was a raw RuntimeError."""
+    model, items = make(tiny_log()), torch.tensor([[3, 4, 5]])
+    for wrong in (4, -1):
+        with pytest.raises(InputError, match=rf"session 0 has length {wrong}, but must have one in \[0, 3\]"):
+            model.queries(items, torch.tensor([wrong]))
+    with pytest.raises(InputError, match=r"\(B, L\) and \(B,\)"):
+        model.queries(items[0], torch.tensor([3]))
+    with pytest.raises(InputError, match="must be int64"):
+        model.queries(items.float(), torch.tensor([3]))
+    assert torch.equal(model.queries(items.int(), torch.tensor([3]).int()), model.queries(items, torch.tensor([3])))
+
+
 def test_counts_are_told_apart_however_large_they_are():
     popular = Popularity(np.array([2**24, 2**24 - 1, 2**24 - 1, 5]))
     queries = popular.queries(torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, dtype=torch.int64))

@@ -205,6 +205,127 @@ def test_bert4rec_does_not_see_what_is_hidden_and_asks_for_the_next_item_as_for_
     torch.testing.assert_close(model.learn(model.prepare(other)), learned)
 
 
+# ---- Transformers, from their equations ----------------------------------------------------------------------------
+
+
+def slow_norm(vector, layer):
+    centred = vector - vector.mean()
+    return centred / (centred.square().mean() + 1e-5).sqrt() * layer.weight + layer.bias
+
+
+def slow_attention(vectors, layer, heads, causal):
+    """Each position asks those that it sees, head by head, in float64."""
+    asking, known, values = (
+        [weight @ vector + bias for vector in vectors]
+        for weight, bias in zip(layer.project.weight.chunk(3), layer.project.bias.chunk(3), strict=True)
+    )
+    size, found = len(vectors[0]) // heads, []
+    for place, query in enumerate(asking):
+        parts, seen = [], range(place + 1) if causal else range(len(vectors))
+        for head in range(heads):
+            own = slice(head * size, (head + 1) * size)
+            weights = [math.exp(float(query[own] @ known[other][own]) / math.sqrt(size)) for other in seen]
+            parts.append(sum(w / sum(weights) * values[o][own] for w, o in zip(weights, seen, strict=True)))
+        found.append(layer.out.weight @ torch.cat(parts) + layer.out.bias)
+    return found
+
+
+def slow_transformer(vectors, layer, heads, causal, activation):
+    hidden = [vector + position for vector, position in zip(vectors, layer.positions, strict=False)]
+    for block in layer.blocks:
+        normed = [slow_norm(vector, block.attention_norm) for vector in hidden]
+        attended = slow_attention(normed, block.attention, heads, causal)
+        hidden = [vector + more for vector, more in zip(hidden, attended, strict=True)]
+        into, out = block.feedforward[0], block.feedforward[-1]
+        for place, vector in enumerate(hidden):
+            units = activation(into.weight @ slow_norm(vector, block.feedforward_norm) + into.bias)
+            hidden[place] = vector + out.weight @ units + out.bias
+    return torch.stack([slow_norm(vector, layer.norm) for vector in hidden])
+
+
+def slow_relu(values):
+    return values * (values > 0)
+
+
+def slow_gelu(values):
+    return values * (1 + torch.erf(values / math.sqrt(2))) / 2
+
+
+def perturbed(name, **options):
+    """A model none of whose weights are zeros or ones, and its encoder in float64."""
+    model = tiny_model(LOG, name, items="id", init_std=1.0, **options).eval()
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model, copy.deepcopy(model.encoder).double()
+
+
+def vectors_of(model, session):
+    return list(model.items(torch.tensor(session)).detach().double())
+
+
+def slow_sasrec(model, encoder, session, heads):
+    vectors = [math.sqrt(16) * vector for vector in vectors_of(model, session)]
+    return slow_transformer(vectors, encoder.transformer, heads, True, slow_relu)
+
+
+def slow_bert4rec(encoder, vectors, heads):
+    vectors = [slow_norm(vector, encoder.transformer.input_norm) for vector in vectors]
+    hidden = slow_transformer(vectors, encoder.transformer, heads, False, slow_gelu)
+    linear, norm = encoder.head[0], encoder.head[-1]
+    return torch.stack([slow_norm(slow_gelu(linear.weight @ h + linear.bias), norm) for h in hidden])
+
+
+def assert_equal(found, wanted):
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@torch.no_grad()
+def test_sasrec_is_that_of_its_equations(heads):
+    model, encoder = perturbed("sasrec", heads=heads)
+    wanted = [slow_sasrec(model, encoder, session, heads) for session in SESSIONS]
+    items, lengths = padded(SESSIONS)
+    assert_equal(model.queries(items, lengths), torch.stack([hidden[-1] for hidden in wanted]))
+    targets = torch.where(torch.arange(items.shape[1]) < lengths[:, None], 1, NO_TARGET)
+    assert_equal(model.learn(Examples(items, lengths, targets)), torch.cat(wanted))
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@torch.no_grad()
+def test_bert4rec_is_that_of_its_equations(heads):
+    model, encoder = perturbed("bert4rec", heads=heads)
+    wanted = [slow_bert4rec(encoder, [*vectors_of(model, session), encoder.gap], heads)[-1] for session in SESSIONS]
+    items, lengths = padded(SESSIONS)
+    assert_equal(model.queries(items, lengths), torch.stack(wanted))
+    hidden = torch.tensor([[0, 1, 0, 1, 0, 0, 0], [1] + [0] * 6, [1, 0, 0, 0, 1, 0, 0], [0, 0, 1] + [0] * 4]).bool()
+    wanted = []
+    for session, gaps in zip(SESSIONS, hidden, strict=True):
+        own = gaps[: len(session)]
+        vectors = [encoder.gap if gap else v for v, gap in zip(vectors_of(model, session), own, strict=True)]
+        wanted.append(slow_bert4rec(encoder, vectors, heads)[own])
+    assert_equal(
+        model.learn(Examples(items, lengths, items.masked_fill(~hidden, NO_TARGET), hidden)), torch.cat(wanted)
+    )
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "attention"])
+@pytest.mark.parametrize(("heads", "causal"), [(1, False), (4, False), (4, True)])
+@torch.no_grad()
+def test_m2trec_is_that_of_its_equations(heads, causal, pooling):
+    model, encoder = perturbed("m2trec", heads=heads, causal=causal, pooling=pooling)
+    wanted = []
+    for session in SESSIONS:
+        vectors = [slow_norm(vector, encoder.transformer.input_norm) for vector in vectors_of(model, session)]
+        hidden = slow_transformer(vectors, encoder.transformer, heads, causal, slow_gelu)
+        weights = {"mean": [1.0] * len(hidden), "last": [0.0] * (len(hidden) - 1) + [1.0]}.get(pooling)
+        if weights is None:
+            weights = [math.exp(float(encoder.weight.weight[0] @ h + encoder.weight.bias)) for h in hidden]
+        pooled = sum(weight / sum(weights) * h for weight, h in zip(weights, hidden, strict=True))
+        wanted.append(encoder.query.weight @ pooled + encoder.query.bias)
+    assert_equal(model.queries(*padded(SESSIONS)), torch.stack(wanted))
+
+
 # ---- NARM and SR-GNN, from their equations -------------------------------------------------------------------------
 
 
@@ -221,6 +342,21 @@ def test_narm_is_that_of_its_equations():
             local = local + (encoder.weight.weight[0] @ torch.sigmoid(first)) * state
         wanted = encoder.bilinear.weight @ torch.cat([last, local])
         torch.testing.assert_close(model.queries(*padded([session]))[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gru4rec", "narm"])
+def test_recurrent_networks_lose_a_part_of_their_input_in_training_alone(name):
+    model, seen = tiny_model(LOG, name, dropout=0.25), []
+    model.encoder.recurrent.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    items = torch.arange(NUM_ITEMS).repeat(8, 1)[:, :8]
+    vectors = model.items(items)
+    for mode in (True, False):
+        model.train(mode).queries(items, torch.full((8,), 8))
+    learned, served = seen
+    assert torch.equal(served, vectors)
+    lost = learned == 0
+    torch.testing.assert_close(learned, torch.where(lost, 0.0, vectors / 0.75))
+    assert 0.2 < lost.float().mean() < 0.3
 
 
 def graph_of(session):
@@ -557,11 +693,29 @@ def test_a_temperature_divides_scores():
         ("bert4rec", {"targets": "prefixes"}, "bert4rec learns from positions alone"),
         ("m2trec", {"targets": "positions"}, "m2trec learns from prefixes alone: leave it out, or set causal=True"),
         ("sasrec", {"targets": "prefixes", "windows": "all"}, "windows='all'"),
+        (
+            "m2trec",
+            {"categories": {"kind": True}},
+            r"categories=\{'kind': True\}\): must be dict\[str, float\] \| None, not dict\[str, bool\]",
+        ),
     ],
 )
 def test_wrong_options(name, options, message):
     with pytest.raises(ConfigError, match=message):
         tiny_model(LOG, name, **options)
+
+
+@pytest.mark.parametrize("name", ["narm", "sr_gnn", "m2trec"])
+def test_bug_windows_of_what_learns_from_prefixes_are_refused_before_training(name):
+    """They were built, and `fit` failed with a message on a mode that nobody had set."""
+    hint = ", set causal=True, or" if name == "m2trec" else ", or"
+    with pytest.raises(ConfigError, match=f"windows='all', but {name} learns from prefixes.*leave windows out{hint}"):
+        tiny_model(LOG, name, windows="all")
+
+
+@pytest.mark.parametrize(("name", "options"), [("bert4rec", {}), ("gru4rec", {}), ("m2trec", {"causal": True})])
+def test_windows_of_what_learns_from_positions_are_taken(name, options):
+    assert tiny_model(LOG, name, windows="all", **options).windows == "all"
 
 
 def test_metadata_needs_attributes():

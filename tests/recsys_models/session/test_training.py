@@ -98,6 +98,24 @@ def test_every_strategy_trains_and_serves_the_same_within_its_budget(name, strat
     assert sum(t.nbytes for t in model.tables.state_dict().values()) <= allowed
 
 
+@pytest.mark.parametrize("strategy", list_strategies())
+@pytest.mark.parametrize("name", ["bert4rec", "gru4rec", "narm", "sr_gnn"])
+def test_every_model_of_ids_takes_a_step_with_every_strategy_and_serves_the_same(name, strategy):
+    log = tiny_log(sessions=40)
+    budget = "100%" if strategy in ("full", "mixed_dim") else "60%"
+    model = tiny_model(log, name, OptEmbedConfig(**SEARCH) if strategy == "optembed" else strategy, budget)
+    before = {key: value.clone() for key, value in model.encoder.state_dict().items()}
+    fit(model, log, config(epochs=1, eval_steps=None))
+    assert any(not torch.equal(value, before[key]) for key, value in model.encoder.state_dict().items())
+    items, lengths = torch.tensor([[3, 4, 3, 5], [7, 0, 0, 0], [29, 1, 0, 0]]), torch.tensor([4, 1, 2])
+    model.eval()
+    with torch.no_grad():
+        trained = model(items, lengths)
+        model.tables.finalize_()
+        torch.testing.assert_close(model(items, lengths), trained, rtol=1e-4, atol=1e-5)
+    assert trained.isfinite().all()
+
+
 def test_windows_train_on_all_of_a_long_session():
     log = dataclasses.replace(LOG, train=sequences(*([[step % NUM_ITEMS for step in range(40)]] * 8)))
     for windows, targets in (("last", 8), ("all", 39)):
