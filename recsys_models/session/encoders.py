@@ -46,7 +46,7 @@ class Sessions(NamedTuple):
 
 
 class Encoder(nn.Module, ABC):
-    """Base of all encoders: sessions to queries, whose inner products with items' vectors are their scores.
+    """Base of all encoders: sessions to vectors, and these to queries, whose products with items' vectors are scores.
 
     Args:
         dim: D.
@@ -67,7 +67,11 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, sessions: Sessions) -> Tensor:
-        """Queries: float32 ``(B, D)``."""
+        """Vectors of sessions: float32 ``(B, D)``."""
+
+    def to_queries(self, vectors: Tensor) -> Tensor:
+        """Map vectors of sessions float32 ``(..., D)`` to where items are; they are there unless a model says else."""
+        return vectors
 
     def prepare(self, batch: SessionBatch) -> Examples:
         """What to learn from a batch, drawn anew at every call where there is something to draw."""
@@ -78,7 +82,7 @@ class Encoder(nn.Module, ABC):
         return vectors
 
     def learn(self, sessions: Sessions, targets: Tensor) -> Tensor:
-        """Queries of all targets, in their order: float32 ``(N, D)``."""
+        """Vectors of the sessions of all targets, in their order: float32 ``(N, D)``."""
         out: Tensor = self(sessions)
         return out
 

@@ -81,7 +81,7 @@ class SessionTask(Task):
         return len(batch.items)
 
     def predict(self, model: nn.Module, batch: Examples) -> Tensor:
-        """Queries of all targets, float32 ``(N, D)``; scores are worked out with the loss, which need not keep them."""
+        """Vectors of the sessions of all targets ``(N, D)``; scores are for the loss, which need not keep them."""
         assert isinstance(model, SessionModel)
         return model.learn(batch)
 
