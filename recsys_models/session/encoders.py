@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from recsys_models.data import NO_TARGET, SessionBatch
@@ -76,6 +77,11 @@ class Encoder(nn.Module, ABC):
     def prepare(self, batch: SessionBatch) -> Examples:
         """What to learn from a batch, drawn anew at every call where there is something to draw."""
         return Examples(batch.items, batch.lengths, batch.targets)
+
+    def expected_targets(self, batch: SessionBatch) -> tuple[Tensor, Tensor]:
+        """Items that `prepare` makes targets, int64 ``(n,)``, and how often on average, float64 ``(n,)``."""
+        targets = batch.targets[batch.targets != NO_TARGET]
+        return targets, torch.ones_like(targets, dtype=torch.float64)
 
     def hide(self, vectors: Tensor, hidden: Tensor) -> Tensor:
         """Put what stands for hidden items in their place, where the encoder hides any."""
