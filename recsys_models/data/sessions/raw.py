@@ -63,11 +63,13 @@ class RawSessions:
         parts: with items as positions in ``item_values``.
         item_values: ``(K,)``, distinct raw keys of items, ascending, int64 or text.
         attributes: of these and other items.
+        described: positions in ``item_values`` of items that the catalogue has though they may have no event left.
     """
 
     parts: Parts
     item_values: np.ndarray
     attributes: tuple[RawAttribute, ...] = ()
+    described: np.ndarray | None = None
 
 
 def gather(blocks: Iterable[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:

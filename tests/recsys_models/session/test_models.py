@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from embcomp.errors import ConfigError, InputError
 from embcomp.scoring import cross_entropy, sampled_cross_entropy, softmax
 from recsys_models.data import NO_TARGET, SessionBatch
-from recsys_models.session import ENCODERS, used_attributes
+from recsys_models.session import ENCODERS, build_session_model, used_attributes
 from recsys_models.session.encoders import Examples
 from recsys_models.session.prefix_encoders import first_places, transitions
 from tests.recsys_models.session.tiny import (
@@ -402,6 +402,27 @@ def test_attributes_of_any_name_are_predicted(name):
     loss = 2 * F.cross_entropy(model.category_heads[0](queries), examples.targets % 6)
     plain.load_state_dict(model.state_dict(), strict=False)
     torch.testing.assert_close(model.loss(examples, queries), plain.loss(examples, queries) + loss)
+
+
+@pytest.mark.parametrize(("strategy", "budget"), [("full", None), ("unified", "60%")])
+def test_a_new_item_scores_like_its_twin_in_a_model_that_was_trained_without_it(strategy, budget):
+    named = (dataclasses.replace(a, names=np.arange(a.num_values - 1)) for a in LOG.catalogue.attributes)
+    log = dataclasses.replace(LOG, catalogue=dataclasses.replace(LOG.catalogue, attributes=tuple(named)))
+    model = tiny_model(log, "m2trec", strategy, budget, categories={"kind": 1.0}).eval()
+    model.tables.finalize_()
+    kind, words = log.catalogue.attributes
+    twin = int(np.flatnonzero(words.lengths == 2)[0])
+    own = words.values[words.offsets[twin] : words.offsets[twin + 1]].tolist()
+    values = {"kind": [kind.values[twin], 3], "words": [own, None]}
+    catalogue = log.catalogue.with_items([100, 101], values)
+    options = {"max_length": 8, "categories": {"kind": 1.0}}
+    larger = build_session_model("m2trec", model.tables, catalogue, **options).eval()
+    larger.load_state_dict(model.state_dict())
+    scores = larger(*padded(SESSIONS))
+    assert scores.shape == (len(SESSIONS), NUM_ITEMS + 2)
+    torch.testing.assert_close(scores[:, :NUM_ITEMS], model(*padded(SESSIONS)))
+    torch.testing.assert_close(scores[:, NUM_ITEMS], scores[:, twin])
+    assert not torch.allclose(scores[:, NUM_ITEMS + 1], scores[:, twin])
 
 
 def test_m2trec_has_no_row_per_item_unless_it_is_told_to():
