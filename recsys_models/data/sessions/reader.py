@@ -10,8 +10,8 @@ import numpy as np
 from recsys_models.data.errors import DataError
 from recsys_models.data.malformed import MalformedLog
 from recsys_models.data.reader import Source, check_at_least, check_one_of
-from recsys_models.data.sessions.attributes import known_before
-from recsys_models.data.sessions.editing import core, group, without_repeats
+from recsys_models.data.sessions.attributes import as_known, ids_of
+from recsys_models.data.sessions.editing import core, cut, group, without_repeats
 from recsys_models.data.sessions.protocols import Parts, begin_of_test, hold_out, last_days, leave_one_out
 from recsys_models.data.sessions.raw import Events, RawAttribute, RawSessions
 from recsys_models.data.sessions.sequences import Sequences
@@ -97,15 +97,32 @@ class EventReader(SessionReader):
             named = self._described(attributes)
             found, values = values, np.union1d(values, named)
             items, described = np.searchsorted(values, found)[items], np.searchsorted(values, named)
-        sequences, ends = group(events.sessions, items.astype(np.int32), events.times, events.days)
+        items = items.astype(np.int32)
+        places, ends = group(events.sessions, np.arange(len(items)), events.times, events.days)
         if self.merge_repeats:
-            sequences = without_repeats(sequences)
-        sequences, rows = core(sequences, self.min_item_count, self.min_length, self.iterate)
+            places = without_repeats(places, items)
+        places, rows = core(places, items, self.min_item_count, self.min_length, self.iterate)
         ends = ends[rows] if ends is not None and events.dated else None
-        parts = self.split(sequences, ends)
+        parts = self.split(Sequences(items[places.items], places.offsets), ends)
         moment = self.test_begins(ends)
-        known = tuple(known_before(attribute, moment) for attribute in attributes)
-        return RawSessions(parts, values, known, described)
+        # Without a test period, training has the first events of every session.
+        trained = cut(places, parts.train.lengths).items if moment is None else np.empty(0, np.int64)
+
+        def known(attribute: RawAttribute) -> np.ndarray:
+            assert attribute.times is not None
+            if moment is not None:
+                return attribute.times < moment
+            if attribute.of_events:
+                return np.isin(np.arange(len(items)), trained)
+            dates = events.times if events.days is None else events.days
+            assert dates is not None
+            last = np.full(len(values) + 1, -np.inf)  # the last place is for what is no item
+            np.maximum.at(last, items[trained], dates[trained])
+            owners = ids_of(attribute.keys, values, np.arange(len(values)))[attribute.owners]
+            return attribute.times <= last[owners]
+
+        found_attributes = tuple(a if a.times is None else as_known(a, known(a)) for a in attributes)
+        return RawSessions(parts, values, found_attributes, described)
 
     def _described(self, attributes: tuple[RawAttribute, ...]) -> np.ndarray:
         """Return the raw keys of all items that the files describe, ascending."""
