@@ -34,7 +34,7 @@ PLACES = (
 _WITHIN = (("training", "progress"), ("training", "seed"), ("strategy", "seed"))
 """The same one level deeper; the seeds are those of the cell."""
 
-_LATER = {("training", "plateau_patience"): 1, ("model", "targets"): None}
+_LATER = {("training", "plateau_patience"): 1, ("model", "targets"): None, ("data", "all_items"): False}
 """Options that came when there were results already -> the value that means what was done before.
 
 With that value they are not part of the identity, so that those results stand."""

@@ -17,6 +17,9 @@ from recsys_models.data.reader import Source
 _BLOCK = 1 << 22
 _LARGE = 1 << 26
 _NOT_CONTENT = "max_malformed"
+_LATER = {"all_items": False}
+"""Options that came when there were caches and results already -> the value that means what was done before; with it
+they are left out, so that those stand."""
 
 
 def fingerprint(reader: Source, files: Mapping[str, Path], memo: Path) -> str:
@@ -29,7 +32,8 @@ def fingerprint(reader: Source, files: Mapping[str, Path], memo: Path) -> str:
         files: its source files by role.
         memo: folder that remembers the hashes of large files by path, size and time of change.
     """
-    options = {name: value for name, value in asdict(reader).items() if name != _NOT_CONTENT}
+    given = asdict(reader).items()
+    options = {name: value for name, value in given if name != _NOT_CONTENT and (name, value) not in _LATER.items()}
     for path in files.values():
         check_readable(path, f"a file of the data set {reader.name}")
     hashes = {role: _hash_large(path, memo) if _is_large(path) else hash_file(path) for role, path in files.items()}

@@ -71,6 +71,16 @@ class BERT4Rec(Encoder):
         hidden = last if of_prefixes else self._drawn(mask, last)
         return Examples(items, lengths, items.masked_fill(~hidden, NO_TARGET), hidden)
 
+    def expected_targets(self, batch: SessionBatch) -> tuple[Tensor, Tensor]:
+        """All items of sessions, by their chances to be hidden; see `Encoder.expected_targets`."""
+        if batch.targets.dim() == 1:
+            return super().expected_targets(batch)
+        items, lengths = _whole(batch)
+        mask, number = inside(lengths, items.shape[1]), lengths[:, None].double()
+        last = torch.arange(items.shape[1], device=items.device) == (lengths - 1)[:, None]
+        drawn = self.mask_share + (1 - self.mask_share) ** number / number  # the latter where else none would be
+        return items[mask], ((1 - self.last_share) * drawn + self.last_share * last)[mask]
+
     def hide(self, vectors: Tensor, hidden: Tensor) -> Tensor:
         """Put gaps in the place of hidden items."""
         return torch.where(hidden[..., None], self.gap.to(vectors.dtype), vectors)

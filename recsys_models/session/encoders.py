@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from recsys_models.data import NO_TARGET, SessionBatch
@@ -46,7 +47,7 @@ class Sessions(NamedTuple):
 
 
 class Encoder(nn.Module, ABC):
-    """Base of all encoders: sessions to queries, whose inner products with items' vectors are their scores.
+    """Base of all encoders: sessions to vectors, and these to queries, whose products with items' vectors are scores.
 
     Args:
         dim: D.
@@ -67,18 +68,27 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, sessions: Sessions) -> Tensor:
-        """Queries: float32 ``(B, D)``."""
+        """Vectors of sessions: float32 ``(B, D)``."""
+
+    def to_queries(self, vectors: Tensor) -> Tensor:
+        """Map vectors of sessions float32 ``(..., D)`` to where items are; they are there unless a model says else."""
+        return vectors
 
     def prepare(self, batch: SessionBatch) -> Examples:
         """What to learn from a batch, drawn anew at every call where there is something to draw."""
         return Examples(batch.items, batch.lengths, batch.targets)
+
+    def expected_targets(self, batch: SessionBatch) -> tuple[Tensor, Tensor]:
+        """Items that `prepare` makes targets, int64 ``(n,)``, and how often on average, float64 ``(n,)``."""
+        targets = batch.targets[batch.targets != NO_TARGET]
+        return targets, torch.ones_like(targets, dtype=torch.float64)
 
     def hide(self, vectors: Tensor, hidden: Tensor) -> Tensor:
         """Put what stands for hidden items in their place, where the encoder hides any."""
         return vectors
 
     def learn(self, sessions: Sessions, targets: Tensor) -> Tensor:
-        """Queries of all targets, in their order: float32 ``(N, D)``."""
+        """Vectors of the sessions of all targets, in their order: float32 ``(N, D)``."""
         out: Tensor = self(sessions)
         return out
 

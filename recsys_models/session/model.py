@@ -93,8 +93,7 @@ class SessionModel(Ranker):
     def queries(self, items: Tensor, lengths: Tensor) -> Tensor:
         """What sessions are encoded to, float32 ``(B, D)``: scores are inner products with it. Arguments as above."""
         items, lengths = self._latest(items, lengths)
-        queries: Tensor = self.encoder(self.embed(Examples(items, lengths, lengths)))
-        return self.objective.scaled(queries)
+        return self._to_queries(self.encoder(self.embed(Examples(items, lengths, lengths))))
 
     def scorer(self) -> ItemScorer:
         """What scores queries; without gradients, a catalogue of metadata is composed once, as weights are now."""
@@ -112,17 +111,24 @@ class SessionModel(Ranker):
         return self.encoder.prepare(batch)
 
     def learn(self, examples: Examples) -> Tensor:
-        """Queries of all targets, float32 ``(N, D)``."""
-        return self.objective.scaled(self.encoder.learn(self.embed(examples), examples.targets))
+        """Vectors of the sessions of all targets, float32 ``(N, D)``, which `loss` takes."""
+        return self.encoder.learn(self.embed(examples), examples.targets)
 
-    def loss(self, examples: Examples, queries: Tensor) -> Tensor:
-        """The mean loss over targets, of the next item and of its categories, and that of the items: a scalar."""
+    def loss(self, examples: Examples, vectors: Tensor) -> Tensor:
+        """The mean loss over targets, of the next item and of its categories, and that of the items: a scalar.
+
+        Categories are predicted from the vectors of sessions, before these become queries.
+
+        Args:
+            examples: that are learned from.
+            vectors: what `learn` gave for them.
+        """
         targets = examples.targets[examples.targets != NO_TARGET]
         if self.head is not None:
             self.head.note_(targets)  # nothing else counts them: a free head is never read
-        loss = self.objective(self.head or self.items, queries, targets, examples)
+        loss = self.objective(self.head or self.items, self._to_queries(vectors), targets, examples)
         for weight, head, values in zip(self.category_weights, self.category_heads, self._categories, strict=True):
-            loss = loss + weight * _category_loss(head(queries), values[targets])
+            loss = loss + weight * _category_loss(head(vectors), values[targets])
         if self.contrastive is not None:
             loss = loss + self.contrastive_weight * self.contrastive(self.items)
         return loss
@@ -142,6 +148,9 @@ class SessionModel(Ranker):
         return self.tables.penalty()
 
     # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _to_queries(self, vectors: Tensor) -> Tensor:
+        return self.objective.scaled(self.encoder.to_queries(vectors))
 
     def _latest(self, items: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """The last items of each session, as many as the encoder takes."""

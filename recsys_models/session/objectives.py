@@ -34,9 +34,9 @@ class ObjectiveConfig:
 
     Attributes:
         loss: ``"softmax"``: cross-entropy over all items of training; ``"sampled"``: over the target, other targets of
-            the step and items that are drawn, corrected for how often each is expected among them; ``"binary"``: the
-            target against one other item that the session does not have, as SASRec was published; ``"auto"``: the
-            softmax up to ``most_items``, the sampled one beyond.
+            the step and items that are drawn, corrected for how often each is expected among them, which for targets is
+            how often training asks for an item; ``"binary"``: the target against one other item that the session does
+            not have, as SASRec was published; ``"auto"``: the softmax up to ``most_items``, the sampled one beyond.
         num_negatives: items that are drawn for a step; of its targets, as many at most are negatives of each other.
         sampling: how: ``"uniform"``, ``"log_uniform"`` or by ``"counts"``, see `NegativeSampler`.
         most_items: see ``loss``.
@@ -73,6 +73,8 @@ class Objective(nn.Module):
         ConfigError: if ``loss="binary"`` and only one item occurs.
     """
 
+    _log_chances: Tensor
+
     def __init__(self, config: ObjectiveConfig, counts: Tensor) -> None:
         super().__init__()
         self.config = config
@@ -83,8 +85,21 @@ class Objective(nn.Module):
         self.loss = ("softmax" if small else "sampled") if config.loss == "auto" else config.loss
         if self.loss == "binary" and self.num_seen < 2:
             raise ConfigError("loss='binary' needs a second item, and training has one: use loss='softmax'")
-        self._of_batch = NegativeSampler("counts", counts=counts, seed=None)
+        self.register_buffer("_log_chances", torch.empty(0), persistent=False)
+        self.count_targets_(counts)
         self._drawn = NegativeSampler(config.sampling, counts=counts, seed=None)
+
+    def count_targets_(self, counts: Tensor) -> None:
+        """Say how often items are targets in training, which is what makes them negatives of other targets.
+
+        Until then it is taken for how often they occur, though the first items of sessions are no targets.
+
+        Args:
+            counts: ``(V,)``, or more of it than training has; may be averages.
+        """
+        counts = counts[: self.num_seen].double()
+        counts = counts if counts.any() else torch.ones_like(counts)
+        self._log_chances = (counts / counts.sum()).log().float().to(self._log_chances.device)
 
     def scaled(self, queries: Tensor) -> Tensor:
         """Queries whose inner products are scores."""
@@ -118,7 +133,7 @@ class Objective(nn.Module):
             taken = targets[torch.randperm(len(targets), device=targets.device)[:number]]
         ids = torch.cat([taken, self._drawn.draw(number, targets.device).ids])
         others = len(taken) * (len(targets) - 1) / len(targets)  # a query's own target is no draw, if it is taken
-        of_batch = self._of_batch.log_probabilities(ids) + (math.log(others) if others else -math.inf)
+        of_batch = self._log_chances[ids] + (math.log(others) if others else -math.inf)
         return Negatives(ids, torch.logaddexp(of_batch, self._drawn.log_probabilities(ids) + math.log(number)))
 
     def _binary(

@@ -181,23 +181,27 @@ class M2TRec(Encoder):
         return self.causal
 
     def forward(self, sessions: Sessions) -> Tensor:
-        """Queries: float32 ``(B, D)``."""
+        """Vectors of sessions: float32 ``(B, D)``."""
         mask = inside(sessions.lengths, sessions.items.shape[1])
         hidden = self.transformer(sessions.vectors, None if self.causal else mask)
-        last = last_of(hidden, sessions.lengths)
-        queries: Tensor = self.query(last if self.pooling == "last" else self._pooled(hidden, mask[:, None])[:, 0])
+        if self.pooling == "last":
+            return last_of(hidden, sessions.lengths)
+        return self._pooled(hidden, mask[:, None])[:, 0]
+
+    def to_queries(self, vectors: Tensor) -> Tensor:
+        """Map vectors of sessions ``(..., D)`` to where items are."""
+        queries: Tensor = self.query(vectors)
         return queries
 
     def learn(self, sessions: Sessions, targets: Tensor) -> Tensor:
-        """Queries of all targets: float32 ``(N, D)``."""
+        """Vectors of the sessions of all targets: float32 ``(N, D)``."""
         if not self.causal or targets.dim() == 1:
             return super().learn(sessions, targets)
         hidden = self.transformer(sessions.vectors)
         if self.pooling != "last":
             places = torch.arange(hidden.shape[1], device=hidden.device)
             hidden = self._pooled(hidden, (places <= places[:, None])[None])
-        queries: Tensor = self.query(hidden[targets != NO_TARGET])
-        return queries
+        return hidden[targets != NO_TARGET]
 
     def _pooled(self, hidden: Tensor, seen: Tensor) -> Tensor:
         """Means of positions, weighted or not, ``(B, Q, D)``, of those that ``seen``, ``(B or 1, Q, L)``, says."""

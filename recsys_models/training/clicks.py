@@ -61,6 +61,9 @@ class ClickTask(Task):
                 "set monitor='log_loss', or split the data otherwise"
             )
 
+    def ready_(self, model: nn.Module) -> None:
+        """Do nothing: click models need to know nothing."""
+
     def batches(self, split: str, model: nn.Module, config: TrainingConfig, device: torch.device) -> Batches:
         """Batches of rows; a last one of a single row, on which batch norm can't train, is left out."""
         rows = self.data.train if split == "train" else self.data.validation

@@ -81,6 +81,7 @@ def fit(
         raise ConfigError("fit(resume=True) needs checkpoint_dir")
     task: Task = SessionTask(data) if isinstance(data, SessionLog) else ClickTask(data)
     task.check(model, task.monitored(config)[0])
+    task.ready_(model)
     device = device_named(config.device)
     path = None if checkpoint_dir is None else Path(checkpoint_dir) / checkpoint.FILE_NAME
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -18,6 +18,8 @@ from recsys_models.session import Examples, SessionModel
 from recsys_models.training.config import TrainingConfig
 from recsys_models.training.task import RECALIBRATION_BATCHES, Stream, Task, Validate
 
+_COUNTED_AT_ONCE = 4096
+
 
 class SessionTask(Task):
     """Models of `recsys_models.session` on a session log.
@@ -58,6 +60,18 @@ class SessionTask(Task):
                     "train: set distill=0"
                 )
 
+    def ready_(self, model: nn.Module) -> None:
+        """Count targets where the loss corrects for how often they are negatives of each other."""
+        assert isinstance(model, SessionModel)
+        if model.objective.loss != "sampled":
+            return
+        counts = torch.zeros(model.num_items, dtype=torch.float64)
+        mode, length = model.encoder.targets, model.encoder.max_length
+        for batch in self.data.train.batches(_COUNTED_AT_ONCE, length, mode=mode, windows=model.windows):
+            items, chances = model.encoder.expected_targets(batch)
+            counts.index_add_(0, items, chances)
+        model.objective.count_targets_(counts)
+
     def batches(self, split: str, model: nn.Module, config: TrainingConfig, device: torch.device) -> Stream:
         """Examples as the model's encoder prepares them."""
         assert isinstance(model, SessionModel)
@@ -81,7 +95,7 @@ class SessionTask(Task):
         return len(batch.items)
 
     def predict(self, model: nn.Module, batch: Examples) -> Tensor:
-        """Queries of all targets, float32 ``(N, D)``; scores are worked out with the loss, which need not keep them."""
+        """Vectors of the sessions of all targets ``(N, D)``; scores are for the loss, which need not keep them."""
         assert isinstance(model, SessionModel)
         return model.learn(batch)
 

@@ -70,6 +70,10 @@ class Task(ABC):
         """
 
     @abstractmethod
+    def ready_(self, model: nn.Module) -> None:
+        """Tell a model that was checked what it needs to know of the data to learn from it, before training begins."""
+
+    @abstractmethod
     def batches(self, split: str, model: nn.Module, config: TrainingConfig, device: torch.device) -> Stream:
         """Shuffled batches to learn from, of split ``"train"`` or ``"validation"``."""
 

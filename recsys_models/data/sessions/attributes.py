@@ -89,19 +89,18 @@ def last_of_each(keys: np.ndarray) -> np.ndarray:
     return len(keys) - 1 - np.unique(keys[::-1], return_index=True)[1]
 
 
-def known_before(raw: RawAttribute, moment: float | None) -> RawAttribute:
-    """Return an attribute that changes as it was before a moment; one that does not change as it is.
+def as_known(raw: RawAttribute, known: np.ndarray) -> RawAttribute:
+    """Return an attribute that changes as training knows it.
 
-    Of each item counts the last value before the moment or, where there is none, the first one after it. Values of one
-    time keep their order.
+    Of each item counts the last value that is known or, where none is, the first of the others. Values of one time keep
+    their order.
 
     Args:
-        raw: the attribute.
-        moment: in seconds since 1970; None for the last value of all.
+        raw: the attribute, with times.
+        known: bool ``(k,)``, the values that training may know.
     """
-    if raw.times is None:
-        return raw
-    late = np.zeros(len(raw.times), np.bool_) if moment is None else raw.times >= moment
+    assert raw.times is not None
+    late = ~known
     # Early ones come last and by time, behind late ones whose first comes last.
     place = np.where(late, np.arange(len(late))[::-1], np.arange(len(late)))
     order = np.lexsort((place, np.where(late, -raw.times, raw.times), ~late))
@@ -119,7 +118,7 @@ def encode_attribute(raw: RawAttribute, item_values: np.ndarray, numbers: np.nda
         numbers: int32 ``(K,)``, their ids; -1 for items that are not in the catalogue.
         counts: int64 ``(I,)``, train events per id.
     """
-    items = _ids_of(raw.keys, item_values, numbers)[raw.owners]
+    items = ids_of(raw.keys, item_values, numbers)[raw.owners]
     items, values = items[items >= 0], raw.values[items >= 0]
     kept = _distinct(items, values) if raw.is_bag else last_of_each(items)
     items, values = items[kept], values[kept]
@@ -139,7 +138,7 @@ def encode_attribute(raw: RawAttribute, item_values: np.ndarray, numbers: np.nda
     return Attribute(raw.name, vocabulary.num_ids, ids, offsets, totals, names, raw.is_bag)
 
 
-def _ids_of(keys: np.ndarray, item_values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+def ids_of(keys: np.ndarray, item_values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """Return the ids of raw keys, int32 ``(m,)``; -1 for keys of no item."""
     place = np.minimum(np.searchsorted(item_values, keys), len(item_values) - 1)
     return np.where(item_values[place] == keys, numbers[place], np.int32(-1))

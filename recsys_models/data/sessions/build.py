@@ -64,11 +64,13 @@ def _check_parts(reader: SessionReader, raw: RawSessions) -> None:
 
 
 def _count(raw: RawSessions) -> Vocabulary:
-    """Return the raw items that occur in any part, by frequency in training."""
+    """Return the raw items that occur in any part or are kept without, by frequency in training."""
     counts = np.bincount(raw.parts.train.items, minlength=len(raw.item_values))
     used = counts > 0
     for cases in (raw.parts.validation, raw.parts.test):
         used[cases.sequences.items] = True
+    if raw.described is not None:
+        used[raw.described] = True
     occurring = np.flatnonzero(used)
     return Vocabulary.from_counts(occurring, counts[occurring], min_count=0)
 

@@ -1,9 +1,12 @@
 """What is known about items: how often they occur in training, and their attributes."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
+
+from recsys_models.data.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +59,8 @@ class Catalogue:
     """The ``I`` items of a data set.
 
     Ids are ordered by frequency in training: item 0 is the most frequent, ties go to the smaller raw key. Items that
-    occur in validation or test alone come last, with count 0, so that they can be ranked too.
+    occur in validation or test alone, or nowhere but in files of metadata, come last, with count 0, so that they can be
+    ranked too.
 
     Args:
         num_items: ``I``.
@@ -86,12 +90,65 @@ class Catalogue:
                 return attribute
         raise KeyError(f"no attribute {name!r}, there are: {', '.join(a.name for a in self.attributes) or 'none'}")
 
+    def with_items(self, keys: Sequence[Any], values: Mapping[str, Sequence[Any]]) -> Self:
+        """Return a catalogue with new items behind the others, as for a model of metadata that was trained already.
+
+        Counts and the ids of items and values stay as they are, so that the model's weights fit.
+
+        Args:
+            keys: raw keys of ``n`` new items.
+            values: of attributes by name: a raw value per new item, as in `Attribute.names`, or of bags a list of them;
+                None where it is not known. Values that training did not know are unknown.
+
+        Raises:
+            DataError: if a key is there already or of another kind, or the values don't fit the attributes.
+        """
+        new = np.asarray(keys)
+        if new.ndim != 1 or (len(new) and new.dtype.kind != self.values.dtype.kind):
+            kind = "texts" if self.values.dtype.kind == "U" else "integers"
+            raise DataError(f"keys {keys!r} of new items must be a list of {kind}, as those of the catalogue are")
+        everything = np.concatenate([self.values, new]) if len(new) else self.values
+        if len(np.unique(everything)) < len(everything):
+            there = new[np.isin(new, self.values)]
+            told = f"{there[0]} is in the catalogue already" if len(there) else "come twice"
+            raise DataError(f"keys of new items: {told}; give each item once, and only those that are new")
+        for name in values:
+            if name not in [attribute.name for attribute in self.attributes]:
+                known = ", ".join(attribute.name for attribute in self.attributes) or "none"
+                raise DataError(f"values of {name!r}: items have no such attribute, there are: {known}")
+        attributes = tuple(
+            _lengthened(a, list(values.get(a.name, [None] * len(new))), len(new)) for a in self.attributes
+        )
+        counts = np.concatenate([self.counts, np.zeros(len(new), self.counts.dtype)])
+        return replace(self, num_items=len(everything), counts=counts, values=everything, attributes=attributes)
+
     def twin_groups(self, attributes: Sequence[Attribute] | None = None) -> np.ndarray:
         """Number groups of items that have the same values in all of these attributes, None for all: int64 ``(I,)``."""
         group = np.zeros(self.num_items, np.int64)
         for attribute in self.attributes if attributes is None else attributes:
             group = _refine(group, attribute)
         return group
+
+
+def _lengthened(attribute: Attribute, values: list[Any], number: int) -> Attribute:
+    """Return an attribute of ``number`` items more, by their raw values; None for unknown."""
+    if attribute.names is None or len(values) != number:
+        names = "has no names of its values" if attribute.names is None else f"has {len(values)} values"
+        raise DataError(f"attribute {attribute.name!r} {names}, but {number} new items need a named value or None each")
+    ids = {name: i for i, name in enumerate(attribute.names.tolist())}
+    bags = []
+    for value in values:
+        if attribute.is_bag and value is not None and (isinstance(value, str) or not isinstance(value, Iterable)):
+            raise DataError(f"attribute {attribute.name!r} is a bag: give a list of values per item, not {value!r}")
+        own = ([] if value is None else value) if attribute.is_bag else [value]
+        bags.append(sorted({ids.get(part, attribute.unknown_id) for part in own}))
+    flat = np.array([part for bag in bags for part in bag], np.int32)
+    offsets = attribute.offsets[-1] + np.cumsum([len(bag) for bag in bags], dtype=np.int64)
+    return replace(
+        attribute,
+        values=np.concatenate([attribute.values, flat]),
+        offsets=np.concatenate([attribute.offsets, offsets]),
+    )
 
 
 def _refine(group: np.ndarray, attribute: Attribute) -> np.ndarray:

@@ -12,7 +12,7 @@ def group(
 
     Args:
         sessions: int64 ``(n,)``, the session of each event, in the order of the source.
-        items: int32 ``(n,)``.
+        items: ``(n,)``, what the sequences are to hold, items or what stands for events.
         times: ``(n,)``; None if the events of a session are in order.
         days: ``(n,)``, what dates a session if it is not its last time.
 
@@ -62,19 +62,28 @@ def cut(sequences: Sequences, lengths: np.ndarray) -> Sequences:
     return keep_items(sequences, position < np.repeat(lengths, sequences.lengths))
 
 
-def without_repeats(sequences: Sequences) -> Sequences:
-    """Return the sequences with every run of one item within a sequence as a single item."""
-    kept = np.ones(len(sequences.items), np.bool_)
-    kept[1:] = sequences.items[1:] != sequences.items[:-1]
-    kept[sequences.offsets[:-1][sequences.lengths > 0]] = True
-    return keep_items(sequences, kept)
+def without_repeats(events: Sequences, items: np.ndarray) -> Sequences:
+    """Return sequences of events with every run of events on one item within a sequence as its first.
+
+    Args:
+        events: positions in ``items``.
+        items: int32 ``(n,)``.
+    """
+    of_events = items[events.items]
+    kept = np.ones(len(of_events), np.bool_)
+    kept[1:] = of_events[1:] != of_events[:-1]
+    kept[events.offsets[:-1][events.lengths > 0]] = True
+    return keep_items(events, kept)
 
 
-def core(sequences: Sequences, min_items: int, min_length: int, iterate: bool) -> tuple[Sequences, np.ndarray]:
+def core(
+    events: Sequences, items: np.ndarray, min_items: int, min_length: int, iterate: bool
+) -> tuple[Sequences, np.ndarray]:
     """Leave out short sequences, then rare items, then the sequences that have become short.
 
     Args:
-        sequences: all of them.
+        events: all sequences, of positions in ``items``.
+        items: int32 ``(n,)``.
         min_items: occurrences of an item below which it is left out.
         min_length: items of a sequence below which it is left out.
         iterate: whether to go on until nothing changes, which gives a core of the data.
@@ -82,13 +91,13 @@ def core(sequences: Sequences, min_items: int, min_length: int, iterate: bool) -
     Returns:
         What is left, and its rows, int64 ``(k,)``.
     """
-    rows = np.flatnonzero(sequences.lengths >= min_length)
-    sequences = select(sequences, rows)
-    while len(sequences.items):
-        before = len(sequences.items)
-        sequences = keep_items(sequences, (np.bincount(sequences.items) >= min_items)[sequences.items])
-        long = np.flatnonzero(sequences.lengths >= max(1, min_length))
-        sequences, rows = select(sequences, long), rows[long]
-        if not iterate or len(sequences.items) == before:
+    rows = np.flatnonzero(events.lengths >= min_length)
+    events = select(events, rows)
+    while before := len(events.items):
+        of_events = items[events.items]
+        events = keep_items(events, (np.bincount(of_events) >= min_items)[of_events])
+        long = np.flatnonzero(events.lengths >= max(1, min_length))
+        events, rows = select(events, long), rows[long]
+        if not iterate or len(events.items) == before:
             break
-    return sequences, rows
+    return events, rows

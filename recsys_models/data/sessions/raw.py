@@ -43,7 +43,8 @@ class RawAttribute:
         is_bag: whether items have any number of values.
         texts: ascending, where values are texts.
         times: ``(k,)``, since when an item has each value, in seconds since 1970, for attributes that change.
-            `MISSING` among the values then says that an item has none from then on.
+            `MISSING` among the values then says that an item has none from then on. Events are dated then.
+        of_events: whether the values are what the events say of their items, ``k = n``, in their order.
     """
 
     name: str
@@ -53,6 +54,7 @@ class RawAttribute:
     is_bag: bool = False
     texts: np.ndarray | None = None
     times: np.ndarray | None = None
+    of_events: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +65,13 @@ class RawSessions:
         parts: with items as positions in ``item_values``.
         item_values: ``(K,)``, distinct raw keys of items, ascending, int64 or text.
         attributes: of these and other items.
+        described: positions in ``item_values`` of items that the catalogue has though they may have no event left.
     """
 
     parts: Parts
     item_values: np.ndarray
     attributes: tuple[RawAttribute, ...] = ()
+    described: np.ndarray | None = None
 
 
 def gather(blocks: Iterable[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:

@@ -10,8 +10,8 @@ import numpy as np
 from recsys_models.data.errors import DataError
 from recsys_models.data.malformed import MalformedLog
 from recsys_models.data.reader import Source, check_at_least, check_one_of
-from recsys_models.data.sessions.attributes import known_before
-from recsys_models.data.sessions.editing import core, group, without_repeats
+from recsys_models.data.sessions.attributes import as_known, ids_of
+from recsys_models.data.sessions.editing import core, cut, group, without_repeats
 from recsys_models.data.sessions.protocols import Parts, begin_of_test, hold_out, last_days, leave_one_out
 from recsys_models.data.sessions.raw import Events, RawAttribute, RawSessions
 from recsys_models.data.sessions.sequences import Sequences
@@ -56,12 +56,16 @@ class EventReader(SessionReader):
         min_length: sessions of fewer items are left out, first as they come, then once more without rare items.
         min_item_count: items of fewer events, in the sessions of at least ``min_length``, are left out.
         iterate: whether the last two go on until nothing changes, which gives a k-core; else there is a single pass.
+        all_items: whether the catalogue has all items that the files of metadata describe, those without an event, or
+            with too few to be left, with count 0, so that they are ranked and can be recommended. Else it has the items
+            of events alone, as published figures have, and the only cold ones are those of validation and test.
     """
 
     merge_repeats: bool = False
     min_length: int = 1
     min_item_count: int = 1
     iterate: bool = False
+    all_items: bool = False
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -79,19 +83,55 @@ class EventReader(SessionReader):
         """Return all events, and what the files say about items; takes what :meth:`open` does."""
 
     def open(self, files: Mapping[str, Path], log: MalformedLog) -> RawSessions:
-        """Read and split."""
+        """Read and split.
+
+        Raises:
+            DataError: also if ``all_items`` is asked for and no file describes any.
+        """
         events, attributes = self.read(files, log)
         self.check_lines(log)
-        values, items = np.unique(events.items, return_inverse=True)
-        sequences, ends = group(events.sessions, items.astype(np.int32), events.times, events.days)
+        positions, items = np.unique(events.items, return_inverse=True)
+        values = positions if events.item_texts is None else events.item_texts[positions]
+        described = None
+        if self.all_items:
+            named = self._described(attributes)
+            found, values = values, np.union1d(values, named)
+            items, described = np.searchsorted(values, found)[items], np.searchsorted(values, named)
+        items = items.astype(np.int32)
+        places, ends = group(events.sessions, np.arange(len(items)), events.times, events.days)
         if self.merge_repeats:
-            sequences = without_repeats(sequences)
-        sequences, rows = core(sequences, self.min_item_count, self.min_length, self.iterate)
+            places = without_repeats(places, items)
+        places, rows = core(places, items, self.min_item_count, self.min_length, self.iterate)
         ends = ends[rows] if ends is not None and events.dated else None
-        parts = self.split(sequences, ends)
-        keys = values if events.item_texts is None else events.item_texts[values]
+        parts = self.split(Sequences(items[places.items], places.offsets), ends)
         moment = self.test_begins(ends)
-        return RawSessions(parts, keys, tuple(known_before(attribute, moment) for attribute in attributes))
+        # Without a test period, training has the first events of every session.
+        trained = cut(places, parts.train.lengths).items if moment is None else np.empty(0, np.int64)
+
+        def known(attribute: RawAttribute) -> np.ndarray:
+            assert attribute.times is not None
+            if moment is not None:
+                return attribute.times < moment
+            if attribute.of_events:
+                return np.isin(np.arange(len(items)), trained)
+            dates = events.times if events.days is None else events.days
+            assert dates is not None
+            last = np.full(len(values) + 1, -np.inf)  # the last place is for what is no item
+            np.maximum.at(last, items[trained], dates[trained])
+            owners = ids_of(attribute.keys, values, np.arange(len(values)))[attribute.owners]
+            return attribute.times <= last[owners]
+
+        found_attributes = tuple(a if a.times is None else as_known(a, known(a)) for a in attributes)
+        return RawSessions(parts, values, found_attributes, described)
+
+    def _described(self, attributes: tuple[RawAttribute, ...]) -> np.ndarray:
+        """Return the raw keys of all items that the files describe, ascending."""
+        if not attributes:
+            raise DataError(
+                f"{self.name}: option all_items is True, but no file that is there says anything about items, so that "
+                "none can be added to those of events. Put the files of metadata beside, or leave all_items out"
+            )
+        return np.unique(np.concatenate([attribute.keys for attribute in attributes]))
 
     def split(self, sequences: Sequences, ends: np.ndarray | None) -> Parts:
         """Return the parts of the sessions, which ended at ``ends``, ``(S,)``, in seconds; None if it is not known."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from embcomp.errors import ConfigError, InputError
 from embcomp.scoring import cross_entropy, sampled_cross_entropy, softmax
 from recsys_models.data import NO_TARGET, SessionBatch
-from recsys_models.session import ENCODERS, used_attributes
+from recsys_models.session import ENCODERS, build_session_model, used_attributes
 from recsys_models.session.encoders import Examples
 from recsys_models.session.prefix_encoders import first_places, transitions
 from tests.recsys_models.session.tiny import (
@@ -433,7 +433,8 @@ def test_a_causal_m2trec_learns_in_one_pass_what_prefixes_would_teach(pooling):
     examples = model.prepare(next(iter(LOG.train.batches(16, 8))))
     sessions = [row[:length].tolist() for row, length in zip(examples.items, examples.lengths, strict=True)]
     prefixes = [session[: end + 1] for session in sessions for end in range(len(session))]
-    torch.testing.assert_close(model.learn(examples), model.queries(*padded(prefixes)), rtol=1e-4, atol=1e-5)
+    learned = model.encoder.to_queries(model.learn(examples))
+    torch.testing.assert_close(learned, model.queries(*padded(prefixes)), rtol=1e-4, atol=1e-5)
     both_ways = tiny_model(LOG, "m2trec", pooling=pooling).eval()
     both_ways.load_state_dict(model.state_dict())
     assert not torch.allclose(both_ways.queries(*padded(prefixes)), model.queries(*padded(prefixes)), rtol=0, atol=1e-4)
@@ -455,7 +456,8 @@ def test_the_last_position_alone_gives_what_all_positions_do(name, options):
 def test_what_learns_from_every_position_can_learn_from_prefixes_too(name, options):
     model = tiny_model(LOG, name, **options).eval()
     batch = next(iter(LOG.train.batches(16, 8, mode="prefixes")))
-    torch.testing.assert_close(model.learn(model.prepare(batch)), model.queries(batch.items, batch.lengths))
+    learned = model.encoder.to_queries(model.learn(model.prepare(batch)))
+    torch.testing.assert_close(learned, model.queries(batch.items, batch.lengths))
 
 
 @pytest.mark.parametrize(("name", "options"), [("sasrec", {}), ("gru4rec", {}), ("m2trec", {"causal": True})])
@@ -481,6 +483,31 @@ def test_categories_are_learned_along():
     queries = model.learn(examples)
     kinds = F.cross_entropy(model.category_heads[0](queries), examples.targets % 6)
     torch.testing.assert_close(model.loss(examples, queries), plain.loss(examples, queries) + 0.5 * kinds)
+
+
+@pytest.mark.parametrize("options", [{}, {"pooling": "attention"}, {"causal": True}])
+def test_bug_categories_are_predicted_from_sessions_not_from_what_is_compared_with_items(options):
+    """PAPERS C1: softmax(U_l h) per level, of the session's vector h, while items are scored by W_q h / tau."""
+    kind, words = LOG.catalogue.attributes
+    half = attribute("half", *([item // 15] for item in range(NUM_ITEMS)), is_bag=False)
+    log = dataclasses.replace(LOG, catalogue=dataclasses.replace(LOG.catalogue, attributes=(kind, half, words)))
+    weights, losses = {"kind": 0.5, "half": 2.0}, []
+    for temperature in (1.0, 0.05):
+        plain = tiny_model(log, "m2trec", temperature=temperature, **options).eval()
+        model = tiny_model(log, "m2trec", temperature=temperature, categories=weights, **options).eval()
+        plain.load_state_dict(model.state_dict(), strict=False)
+        examples = model.prepare(next(iter(log.train.batches(32, 8, mode=model.encoder.targets))))
+        seen = []
+        model.encoder.query.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(inputs[0]))
+        loss = model.loss(examples, model.learn(examples))
+        losses.append(float((loss - plain.loss(examples, plain.learn(examples))).detach()))
+        targets, wanted = examples.targets[examples.targets != NO_TARGET], 0.0
+        for head, weight, values in zip(model.category_heads, weights.values(), (kind, half), strict=True):
+            scores = seen[0] @ head.weight.T + head.bias
+            right = scores[torch.arange(len(targets)), torch.from_numpy(values.values).long()[targets]]
+            wanted += weight * float((scores.exp().sum(1).log() - right).mean().detach())
+        assert losses[-1] == pytest.approx(wanted, rel=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("known", [3, 0])
@@ -511,6 +538,27 @@ def test_attributes_of_any_name_are_predicted(name):
     loss = 2 * F.cross_entropy(model.category_heads[0](queries), examples.targets % 6)
     plain.load_state_dict(model.state_dict(), strict=False)
     torch.testing.assert_close(model.loss(examples, queries), plain.loss(examples, queries) + loss)
+
+
+@pytest.mark.parametrize(("strategy", "budget"), [("full", None), ("unified", "60%")])
+def test_a_new_item_scores_like_its_twin_in_a_model_that_was_trained_without_it(strategy, budget):
+    named = (dataclasses.replace(a, names=np.arange(a.num_values - 1)) for a in LOG.catalogue.attributes)
+    log = dataclasses.replace(LOG, catalogue=dataclasses.replace(LOG.catalogue, attributes=tuple(named)))
+    model = tiny_model(log, "m2trec", strategy, budget, categories={"kind": 1.0}).eval()
+    model.tables.finalize_()
+    kind, words = log.catalogue.attributes
+    twin = int(np.flatnonzero(words.lengths == 2)[0])
+    own = words.values[words.offsets[twin] : words.offsets[twin + 1]].tolist()
+    values = {"kind": [kind.values[twin], 3], "words": [own, None]}
+    catalogue = log.catalogue.with_items([100, 101], values)
+    options = {"max_length": 8, "categories": {"kind": 1.0}}
+    larger = build_session_model("m2trec", model.tables, catalogue, **options).eval()
+    larger.load_state_dict(model.state_dict())
+    scores = larger(*padded(SESSIONS))
+    assert scores.shape == (len(SESSIONS), NUM_ITEMS + 2)
+    torch.testing.assert_close(scores[:, :NUM_ITEMS], model(*padded(SESSIONS)))
+    torch.testing.assert_close(scores[:, NUM_ITEMS], scores[:, twin])
+    assert not torch.allclose(scores[:, NUM_ITEMS + 1], scores[:, twin])
 
 
 def test_m2trec_has_no_row_per_item_unless_it_is_told_to():

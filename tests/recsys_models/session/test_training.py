@@ -3,12 +3,14 @@
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
 from embcomp import NestedConfig, OptEmbedConfig, list_strategies
 from embcomp.errors import ConfigError, InputError
-from recsys_models.data import Cases
+from embcomp.scoring import sampled_cross_entropy
+from recsys_models.data import NO_TARGET, Cases
 from recsys_models.ranking import evaluate_cases, rank_cases
 from recsys_models.session.floors import Popularity
 from recsys_models.training import TrainingConfig, fit
@@ -147,12 +149,65 @@ def test_validation_cases_are_learned_from_as_they_are(name, options, loss):
     for row, length in enumerate(raw.lengths.tolist()):
         assert torch.equal(examples.items[row, :length], raw.items[row, :length])
     assert torch.equal(examples.targets[examples.targets >= 0], raw.targets)
-    queries = task.predict(model, examples)
-    torch.testing.assert_close(queries, model.queries(raw.items, raw.lengths))
+    learned = task.predict(model, examples)
+    torch.testing.assert_close(model.encoder.to_queries(learned), model.queries(raw.items, raw.lengths))
     if loss == "softmax":
         wanted = torch.nn.functional.cross_entropy(model(raw.items, raw.lengths), raw.targets)
-        torch.testing.assert_close(task.loss(model, examples, queries), wanted)
-    assert task.loss(model, examples, queries).isfinite()
+        torch.testing.assert_close(task.loss(model, examples, learned), wanted)
+    assert task.loss(model, examples, learned).isfinite()
+
+
+def chances_of(model, log, monkeypatch):
+    """The chance of each item in one draw of a target, from what the loss was corrected by; NaN where it was not."""
+    found, drawn = torch.full((NUM_ITEMS,), torch.nan, dtype=torch.float64), model.objective.config.num_negatives
+
+    def look(scorer, queries, targets, negatives):
+        taken = min(drawn, len(targets)) * (len(targets) - 1) / len(targets)
+        of_batch = negatives.log_counts.double().exp() - drawn / NUM_ITEMS
+        found[negatives.ids] = of_batch / taken
+        return sampled_cross_entropy(scorer, queries, targets, negatives)
+
+    monkeypatch.setattr("recsys_models.session.objectives.sampled_cross_entropy", look)
+    fit(model, log, config(epochs=1, eval_steps=None))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sasrec", {"windows": "last"}),
+        ("sasrec", {"windows": "all"}),
+        ("sasrec", {"targets": "prefixes"}),
+        ("m2trec", {}),
+        ("bert4rec", {}),
+        ("bert4rec", {"windows": "all", "mask_share": 0.6, "last_share": 0.5}),
+    ],
+)
+def test_bug_targets_are_corrected_by_how_often_training_asks_for_them(name, options, monkeypatch):
+    """Sessions begin with item 0, which is never asked for, and long ones have their early items cut off."""
+    rng = np.random.default_rng(0)
+    walks = [[0, *rng.integers(1, 15, size), *rng.integers(15, NUM_ITEMS, 5)] for size in rng.integers(0, 12, 150)]
+    log = dataclasses.replace(LOG, train=sequences(*walks))
+    counts = np.bincount(log.train.items, minlength=NUM_ITEMS)
+    log = dataclasses.replace(log, catalogue=dataclasses.replace(log.catalogue, counts=counts))
+    model = tiny_model(log, name, loss="sampled", num_negatives=64, **options)
+    wanted = torch.zeros(NUM_ITEMS, dtype=torch.float64)
+    length, of_last = model.max_length, options.get("windows") == "last"
+    if name == "bert4rec":
+        mode, windows = model.encoder.targets, options.get("windows", "last")
+        for batch in log.train.batches(len(log.train), length, mode=mode, windows=windows):
+            for _ in range(2000):
+                targets = model.prepare(batch).targets
+                wanted += torch.bincount(targets[targets != NO_TARGET], minlength=NUM_ITEMS)
+    else:
+        for walk in walks:
+            for item in walk[max(1, len(walk) - length) if of_last else 1 :]:
+                wanted[item] += 1
+    found = chances_of(model, log, monkeypatch)
+    tolerance = {"rtol": 0.03, "atol": 1e-4} if name == "bert4rec" else {"rtol": 1e-3, "atol": 1e-6}
+    torch.testing.assert_close(found, wanted / wanted.sum(), **tolerance)
+    by_events = torch.from_numpy(counts / counts.sum())
+    assert not torch.allclose(found, by_events, **tolerance)
 
 
 # ---- wrong input ---------------------------------------------------------------------------------------------------

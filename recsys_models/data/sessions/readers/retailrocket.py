@@ -34,8 +34,9 @@ class Retailrocket(TimedReader):
     """Reads ``events.csv``. A session is what a visitor does without a long break.
 
     Attributes, from the files that are there: category, the latest that ``item_properties_part1.csv`` and
-    ``item_properties_part2.csv`` give an item before the test period, or the first in it; and parent, the category
-    above it in ``category_tree.csv``.
+    ``item_properties_part2.csv`` give an item before the test period (with ``protocol="leave_one_out"`` up to its last
+    event in training), or the first after it where there is none; and parent, the category above it in
+    ``category_tree.csv``.
 
     Args:
         kinds: events to take, separated by commas: ``view``, ``addtocart``, ``transaction``.
@@ -44,7 +45,7 @@ class Retailrocket(TimedReader):
 
     name: ClassVar[str] = "retailrocket"
     folder: ClassVar[str] = "retailrocket"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     protocol: str = "last_days"
     min_length: int = 2

@@ -24,8 +24,9 @@ _EXPECTED = (
 class Yoochoose(TimedReader):
     """Reads ``yoochoose-clicks.dat``; published figures are on a ``fraction`` of 64 or 4.
 
-    Attribute: category, that of the item's last click before the test period, or of its first one in it. S, a special
-    offer, and 0, none given, are values like others.
+    Attribute: category, that of the item's last click in training (with ``protocol="last_days"`` before the test
+    period), or of its first click where it has none there. S, a special offer, and 0, none given, are values like
+    others.
 
     Args:
         file: name of the file of clicks.
@@ -33,7 +34,7 @@ class Yoochoose(TimedReader):
 
     name: ClassVar[str] = "yoochoose"
     folder: ClassVar[str] = "yoochoose"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     protocol: str = "last_days"
     min_length: int = 2
@@ -51,7 +52,7 @@ class Yoochoose(TimedReader):
         sessions, items, times, categories = gather(_blocks(files["clicks"], coder, log))
         texts, places = coder.ascending()
         keys, owners = np.unique(items, return_inverse=True)
-        category = RawAttribute("category", keys, owners, places[categories], texts=texts, times=times)
+        category = RawAttribute("category", keys, owners, places[categories], texts=texts, times=times, of_events=True)
         return Events(sessions, items, times), (category,)
 
 

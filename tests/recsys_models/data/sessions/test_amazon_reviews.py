@@ -193,3 +193,28 @@ def test_a_missing_file_names_the_option(tmp_path, cache):
         DataError, match=r"no such file: reviews_Books_5\.json or reviews_Books\.json or .*the option category names"
     ):
         load_sessions("amazon_reviews", tmp_path, cache, category="Books")
+
+
+def test_bug_items_that_nobody_has_reviewed_can_be_kept(root, cache):
+    lines = "".join(json.dumps(product) + "\n" for product in PRODUCTS)
+    (root / "amazon-reviews" / "meta_Beauty.json").write_text(lines)
+    plain = load_sessions("amazon_reviews", root, cache)
+    whole = load_sessions("amazon_reviews", root, cache, all_items=True)
+    assert plain.catalogue.values.tolist() == ["B1", "B2", "B3", "B9"]
+    assert whole.catalogue.values.tolist() == ["B1", "B2", "B3", "B7", "B9"]
+    assert (whole.catalogue.counts.tolist(), whole.catalogue.num_seen) == ([3, 0, 0, 0, 0], 1)
+    assert in_keys(whole) == in_keys(plain)
+    assert whole.content_hash != plain.content_hash
+    assert values_of(whole, "title") == {**values_of(plain, "title"), "B7": [None]}
+    # What is left out for having few events is described all the same.
+    write_reviews(root / "amazon-reviews", [*REVIEWS, ("U3", "B2", 5.0, 2), ("U3", "B1", 5.0, 3)])
+    rare = load_sessions("amazon_reviews", root, cache, all_items=True, min_item_count=2)
+    assert sorted(rare.catalogue.values.tolist()) == ["B1", "B2", "B3", "B7"]
+    assert rare.catalogue.values.tolist()[rare.catalogue.num_seen :] == ["B3", "B7"]
+
+
+def test_all_items_are_asked_for_where_no_file_describes_any(root, cache):
+    with pytest.raises(
+        DataError, match="option all_items is True, but no file that is there says anything about items"
+    ):
+        load_sessions("amazon_reviews", root, cache, all_items=True)

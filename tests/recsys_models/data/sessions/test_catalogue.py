@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys_models.data import Attribute, Catalogue
+from recsys_models.data import Attribute, Catalogue, DataError
 from recsys_models.data.sessions.attributes import (
     TextCoder,
     bag_attribute,
@@ -147,3 +147,61 @@ def test_texts_keep_their_numbers_over_blocks(blocks):
     assert texts.tolist() == sorted(texts.tolist())
     for block, code in zip(blocks, codes, strict=True):
         assert texts[places[code]].tolist() == block
+
+
+class TestNewItems:
+    @pytest.fixture
+    def catalogue(self):
+        kind = Attribute(
+            "kind", 3, np.array([0, 1, 0], np.int32), np.arange(4), np.array([5, 2, 0]), np.array(["a", "b"]), False
+        )
+        words = Attribute(
+            "words",
+            3,
+            np.array([0, 1, 1], np.int32),
+            np.array([0, 2, 2, 3]),
+            np.array([4, 3, 0]),
+            np.array([7, 9]),
+            True,
+        )
+        return Catalogue(3, np.array([4, 2, 1]), np.array([30, 10, 20]), (kind, words))
+
+    def test_come_behind_the_others_with_the_ids_of_their_values(self, catalogue):
+        found = catalogue.with_items(
+            [5, 40, 6], {"kind": ["b", "never seen", None], "words": [[9, 7, 9], [1, 2], None]}
+        )
+        assert (found.num_items, found.num_seen) == (6, 3)
+        assert (found.values.tolist(), found.counts.tolist()) == ([30, 10, 20, 5, 40, 6], [4, 2, 1, 0, 0, 0])
+        kind, words = found.attributes
+        assert (kind.values.tolist(), kind.offsets.tolist()) == ([0, 1, 0, 1, 2, 2], list(range(7)))
+        assert (words.values.tolist(), words.offsets.tolist()) == ([0, 1, 1, 0, 1, 2], [0, 2, 2, 3, 5, 6, 6])
+        for before, after in zip(catalogue.attributes, found.attributes, strict=True):
+            assert (after.num_values, after.values.dtype, after.offsets.dtype) == (3, np.int32, np.int64)
+            assert after.counts is before.counts
+        assert catalogue.num_items == 3
+
+    def test_may_have_unknown_attributes_or_be_none_at_all(self, catalogue):
+        found = catalogue.with_items([5], {})
+        assert (found.attributes[0].firsts[-1], found.attributes[1].lengths[-1]) == (2, 0)
+        assert catalogue.with_items([], {}).values.tolist() == [30, 10, 20]
+
+    @pytest.mark.parametrize(
+        ("keys", "values", "message"),
+        [
+            (["A"], {}, r"keys \['A'\] of new items must be a list of integers"),
+            (5, {}, "must be a list of integers"),
+            ([20], {}, "20 is in the catalogue already"),
+            ([5, 5], {}, "keys of new items: come twice"),
+            ([5], {"brand": ["x"]}, "values of 'brand': items have no such attribute, there are: kind, words"),
+            (
+                [5],
+                {"kind": ["a", "b"]},
+                "attribute 'kind' has 2 values, but 1 new items need a named value or None each",
+            ),
+            ([5], {"words": [7]}, "attribute 'words' is a bag: give a list of values per item, not 7"),
+            ([5], {"words": ["79"]}, "is a bag: give a list"),
+        ],
+    )
+    def test_that_do_not_fit_are_an_error(self, catalogue, keys, values, message):
+        with pytest.raises(DataError, match=message):
+            catalogue.with_items(keys, values)

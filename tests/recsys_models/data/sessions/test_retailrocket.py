@@ -84,8 +84,18 @@ def test_what_is_told_of_items_in_the_test_period_is_not_known(root, cache):
     data = load_sessions("retailrocket", root, cache, **LOOSE)
     assert values_of(data, "category") == {1: 11, 2: 12, 3: 10, 5: 11}
     assert values_of(data, "parent") == {1: 10, 2: 10, 3: None, 5: 10}
+
+
+def test_bug_leaving_one_out_an_item_has_the_category_it_had_at_its_last_event_in_training(root, cache):
+    write_properties(root)
+    moments = {20_000: "1,categoryid,12", 20_001: "1,categoryid,13", 10: "2,categoryid,11", 11: "2,categoryid,13"}
+    later = {20_003: "5,categoryid,11", 20_004: "5,categoryid,10", 42: "3,categoryid,12", 1: "99,categoryid,10"}
+    with (root / "item_properties_part1.csv").open("a") as file:
+        file.writelines(f"{START + minutes * MINUTE},{line}\n" for minutes, line in {**moments, **later}.items())
     data = load_sessions("retailrocket", root, cache, protocol="leave_one_out", min_item_count=1)
-    assert values_of(data, "category") == {1: 13, 2: 12, 3: 12, 5: 10}
+    # Training has items 1, 2, 3 and 5 until the minutes 20000, 10, 41 and 40; item 5 is told of later alone.
+    assert values_of(data, "category") == {1: 12, 2: 11, 3: 10, 5: 11}
+    assert values_of(data, "parent") == {1: 10, 2: 10, 3: None, 5: 10}
 
 
 def test_categories_are_the_latest_of_both_files(root, cache):

@@ -120,3 +120,11 @@ def test_too_many_malformed_lines_are_told_before_what_follows_from_them(root, c
     (root / "amazon-beauty" / "sequences.txt").write_text("1 10\n2 20\n3\n")
     with pytest.raises(DataError, match=r"sequences\.txt: 1 of 3 lines"):
         load_sessions("amazon_beauty", root, cache)
+
+
+def test_an_option_that_came_later_leaves_the_names_of_caches_as_they_were(tmp_path, cache):
+    data = load_sessions("synthetic_sessions", cache_dir=cache, sessions=50, items=20)
+    assert data.content_hash.startswith("4ea201f2fc0390d2")
+    assert load_sessions("synthetic_sessions", cache_dir=cache, sessions=50, items=20, all_items=True).content_hash != (
+        data.content_hash
+    )

@@ -49,6 +49,24 @@ def test_the_category_is_that_of_the_last_click_before_the_test(path, tmp_path, 
     assert values_of(data, "category") == {70: "0", 80: "12", 90: "S", 60: "7"}
 
 
+@pytest.mark.parametrize("step", [DAY, 0])  # clicks of different times, or all of one
+def test_bug_leaving_one_out_the_category_is_that_of_the_last_click_in_training(tmp_path, cache, step):
+    """Each user's last click on item 1 tests, and the one on item 4 validates; both are on offer there alone."""
+    lines, items = [], ((1, "7"), (2, "7"), (3, "8"), (2, "9"), (4, "S"), (1, "S"))
+    for user in range(4):
+        for place, (item, category) in enumerate(items):
+            lines.append(f"{user},{stamp(step * place + (user if step else 0))},{item},{category}\n")
+    (tmp_path / "yoochoose-clicks.dat").write_text("".join(lines))
+    options = {"protocol": "leave_one_out", "min_item_count": 1}
+    data = load_sessions("yoochoose", tmp_path, cache, **options)
+    assert in_keys(data)[2] == [([1, 2, 3, 2, 4], 1)] * 4
+    # Item 4 has no click in training: its first one says what it is, and training does not know the value.
+    assert values_of(data, "category") == {1: "7", 2: "9", 3: "8", 4: None}
+    rare = load_sessions("yoochoose", tmp_path, cache, merge_repeats=True, **options | {"min_item_count": 8})
+    assert in_keys(rare)[2] == [([1, 2, 2], 1)] * 4  # the second click on item 2 validates now
+    assert values_of(rare, "category") == {1: "7", 2: "7"}
+
+
 def test_leave_one_out_is_there_too(path, tmp_path, cache):
     data = load_sessions("yoochoose", tmp_path, cache, protocol="leave_one_out", min_item_count=1)
     assert data.filters_seen
