@@ -274,7 +274,7 @@ def test_sessions_are_swept_as_clicks_are(tmp_path, capsys):
     assert text.count(f", {100 * rate:.1f} % of test targets with the same used attributes as another item.") == 3
     assert "## synthetic_sessions: models" in text
     assert "test NDCG@10 | test HR@10 | test MRR@20 | test HR@20 | steps to 95 % of MRR | seeds" in text
-    assert text.count("by part of the test split") == 3
+    assert text.count("test NDCG@10 by part of the test split") == 3
     page = (tmp_path / "report.html").read_text()
     assert page.count("By part of the test split") == 3
     assert 'href="#models0"' in page

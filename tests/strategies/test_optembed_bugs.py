@@ -113,7 +113,7 @@ def test_bug_uncounted_remap_the_bits_that_say_which_ids_are_kept_are_in_the_rep
                 tables.rows.weight.copy_(tables.rows.weight[order])
         phases = searching(tables, [0.5, 0.5])
         tables.adopt_((8, 8))
-        phases.leave_(phases.phase)
+        tables.leave_phase_(phases.phase)
         remap = 0 if ordered else 12 * (16 + 5)  # a bit per id and an int32 per 64 of them
         kept = int(tables.kept.sum())
         parts = {(part.table, part.name): part.serve_bytes for part in tables.memory().parts}
@@ -131,7 +131,7 @@ def test_bug_stored_at_full_width_every_table_is_stored_at_its_own_width(rows):
         tables = wide_tables(None, pruned="zero", rows=rows)
         phases = searching(tables, [0.5, 0.4, 0.3])
         tables.adopt_(widths)
-        phases.leave_(phases.phase)
+        tables.leave_phase_(phases.phase)
         kept = tables.kept.split(tables.rows.segments)
         wanted = sum(int(part.sum()) * width for part, width in zip(kept, widths, strict=True))
         served = tables.finalize()
