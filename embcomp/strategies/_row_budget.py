@@ -68,47 +68,48 @@ class RowBudget:
         self.sizes = np.array([len(row) for row in rows])
         self.num_wanted = [int((row > 0).sum()) for row in rows]
         self._costs: dict[int, float] = {}
-        self._rank(rows)
+        orders = self._rank(rows)
         falling = [
             known and not own for known, own in zip(is_falling or [False] * len(rows), self.is_ordered, strict=True)
         ]
         if config.limit_bytes is not None and self._fees[falling].sum() > _CHEAP * config.limit_bytes:
-            self._rank_by_id_if_better(rows, falling)
-        places = [np.append(np.argsort(order), [-1] * has_shared) for order in self._orders]
+            orders = self._rank_by_id_if_better(rows, orders, falling)
+        places = [np.append(np.argsort(order), [-1] * has_shared) for order in orders]
         self.place = torch.from_numpy(np.concatenate(places)).int().to(score.device)
-        del self._orders
 
-    def _rank(self, rows: Sequence[np.ndarray]) -> None:
-        """Order the rows of each table by score."""
-        self._orders = [np.argsort(-row, kind="stable") for row in rows]
+    def _rank(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Order the rows of each table by score; return their ids in that order."""
+        orders = [np.argsort(-row, kind="stable") for row in rows]
         self.is_ordered = [bool((row[1:] <= row[:-1]).all()) for row in rows]
         fees = zip(self.is_ordered, self.specs, strict=True)
         self._fees = np.array([0 if ordered else bitmap_bytes(spec.num_embeddings) for ordered, spec in fees])
-        self._sorted = [row[order] for row, order in zip(rows, self._orders, strict=True)]
+        self._sorted = [row[order] for row, order in zip(rows, orders, strict=True)]
         # Ranks among all scores, sorted within each table and set apart by table: one search answers for all tables.
         self._all = np.sort(np.concatenate(rows))
         self._apart = np.arange(len(rows)) * (len(self._all) + 1)
         ranks = [np.searchsorted(self._all, row[::-1], side="right") for row in self._sorted]
         self._ranks = np.concatenate([own + apart for own, apart in zip(ranks, self._apart, strict=True)])
         self._ends = np.cumsum(self.sizes)
+        return orders
 
-    def _rank_by_id_if_better(self, rows: Sequence[np.ndarray], falling: Sequence[bool]) -> None:
-        """Order tables by id where, at most widths, the rows that fit are worth more then."""
+    def _rank_by_id_if_better(
+        self, rows: Sequence[np.ndarray], orders: list[np.ndarray], falling: Sequence[bool]
+    ) -> list[np.ndarray]:
+        """Order tables by id if, at most widths, the rows that fit are worth more then; return the orders."""
         dim = self.specs[0].embedding_dim
         shown = [(dim >> power or 1,) * len(rows) for power in range(dim.bit_length())]
         worth = [np.maximum(row, 0) for row in rows]
 
-        def values() -> list[float]:
-            kept = [zip(worth, self._orders, self.numbers(widths).tolist(), strict=True) for widths in shown]
+        def values(orders: list[np.ndarray]) -> list[float]:
+            kept = [zip(worth, orders, self.numbers(widths).tolist(), strict=True) for widths in shown]
             return [sum(float(own[order[:number]].sum()) for own, order, number in tables) for tables in kept]
 
-        by_score = values()
-        self._rank(
-            [_falling_means(own) if by_id else row for row, own, by_id in zip(rows, worth, falling, strict=True)]
+        by_score = values(orders)
+        by_id = self._rank(
+            [_falling_means(own) if falls else row for row, own, falls in zip(rows, worth, falling, strict=True)]
         )
-        wins = sum(mine > other for mine, other in zip(values(), by_score, strict=True))
-        if 2 * wins <= len(shown):
-            self._rank(rows)
+        wins = sum(mine > other for mine, other in zip(values(by_id), by_score, strict=True))
+        return by_id if 2 * wins > len(shown) else self._rank(rows)
 
     # ---- what candidates keep ---------------------------------------------------------------------------------------
 

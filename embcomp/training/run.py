@@ -31,6 +31,8 @@ from embcomp.training.searching import (
     search_files,
 )
 
+_WITHOUT_ROWS = "without such rows choose a strategy that has no search, such as optembed with search_dims=False"
+
 
 class Phases:
     """Takes a model through the phases of its tables' strategy, whatever loop trains it.
@@ -114,8 +116,7 @@ class Phases:
         if phase.is_search and not self._is_searched:
             raise ConfigError(
                 f"phase {phase.name!r} ends without a search: call search_(evaluate) in it, with evaluate judging the "
-                "model on validation rows; without such rows choose a strategy that has no search, such as optembed "
-                "with search_dims=False"
+                f"model on validation rows; {_WITHOUT_ROWS}"
             )
         for tables in self._concerned(phase):
             tables.leave_phase_(phase)
@@ -297,7 +298,7 @@ class Phases:
         if not callable(evaluate):
             raise InputError(
                 f"search_(evaluate={evaluate!r}): give a function that returns how good the model is on validation "
-                "rows; without such rows choose a strategy that has no search, such as optembed with search_dims=False"
+                f"rows; {_WITHOUT_ROWS}"
             )
         loop = SearchLoop(self.model, evaluate, evaluate_many, recalibrate, at_once, num_finalists, report)
         searching = self._concerned(self.phase)
