@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 Predict = Callable[[], Tensor]
 Loss = Callable[[Tensor], Tensor]
 TrainingStep = Callable[[Predict, Loss], Tensor]
+Repeat = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 class TableHooks(nn.Module):
@@ -74,6 +76,19 @@ class TableHooks(nn.Module):
 
     def set_pass_(self, name: str) -> None:
         """Switch lookups to one of the phase's ``passes``."""
+
+    def repeatable(self) -> Repeat | None:
+        """What makes lookups give later in the step what they give from now on, in its backward pass above all.
+
+        Chunks of a catalogue are composed again there, so that only one of them takes memory at a time. Strategies that
+        show passes, or draw what they show, write this, or have all their ids composed at once.
+
+        Returns:
+            A context in which lookups begin where they are now; None if there is none.
+        """
+        if not self.training or (self.phases() == PLAIN and not self.has_own_step):
+            return contextlib.nullcontext
+        return None
 
     def seen_(self, ids: Tensor, table: Tensor | int | None, blank: Tensor | None) -> None:
         """Note the ids of a lookup in training, with gradients; for strategies that count them.

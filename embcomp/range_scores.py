@@ -5,19 +5,23 @@ Shapes: ``N`` queries, ``V`` ids of the catalogue, ``n`` ids that are asked for,
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from embcomp.errors import InputError
+from embcomp.hooks import Repeat
 from embcomp.storage import Ids
 from embcomp.stretches import RowTerm, Stretch, products, rows_come_first
 
 _CHUNK_SCORES, _CHUNK_SCORES_ON_CPU = 1 << 24, 1 << 20
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 1024, 1 << 16
+
+Result = TypeVar("Result")
 
 
 class RangeScores:
@@ -30,6 +34,7 @@ class RangeScores:
         least: ids that are best taken at once where there are gradients; see `assemble`.
         chunk: rows that are scored at once; None for `ids_at_once`.
         rows_first: score stretches with terms by stored rows, or not; None to let `rows_come_first` say so.
+        repeatable: see `Repeatable`.
     """
 
     def __init__(
@@ -40,12 +45,14 @@ class RangeScores:
         least: int = 0,
         chunk: int | None = None,
         rows_first: bool | None = None,
+        repeatable: Callable[[], Repeat | None] | None = None,
     ) -> None:
         self.stretches, self.zero_id, self.bias = stretches, zero_id, bias
         self._row_scores: list[list[Tensor] | None] = []
         for stretch in stretches:
             is_first = rows_come_first(stretch, torch.is_grad_enabled()) if rows_first is None else rows_first
-            self._row_scores.append(_score_rows(stretch.terms, chunk, least) if is_first and stretch.terms else None)
+            has_rows = is_first and stretch.terms
+            self._row_scores.append(_score_rows(stretch.terms, chunk, least, repeatable) if has_rows else None)
 
     def __call__(self, ids: Ids, out: Tensor | None = None) -> Tensor:
         """Score ids: int64 ``(n,)`` or a range, in ``[0, V)``, to float ``(N, n)``, the caller's own to write to.
@@ -96,9 +103,31 @@ class RangeScores:
         return total if out is None else out.copy_(total)
 
 
-def _score_rows(terms: Sequence[RowTerm], chunk: int | None, least: int) -> list[Tensor]:
+def _score_rows(
+    terms: Sequence[RowTerm], chunk: int | None, least: int, repeatable: Callable[[], Repeat | None] | None
+) -> list[Tensor]:
     """Scores of the stored rows of each term, ``(N, R)``."""
-    return [assemble(term.score_rows, term.queries, term.num_rows, chunk, least) for term in terms]
+    return [assemble(term.score_rows, term.queries, term.num_rows, chunk, least, repeatable) for term in terms]
+
+
+class Repeatable(Generic[Result]):
+    """A call that can be made again in the backward pass, and gives what it gave before.
+
+    Args:
+        function: what is called.
+        repeatable: `EmbeddingTables.repeatable` of the tables that it looks up in, asked right away; None for lookups
+            that nothing changes within a step.
+    """
+
+    def __init__(self, function: Callable[..., Result], repeatable: Callable[[], Repeat | None] | None) -> None:
+        self._function, self._repeat = function, None if repeatable is None else repeatable()
+        self._is_first = True
+
+    def __call__(self, *arguments: Any) -> Result:
+        """Call the function, as if for the first time."""
+        is_first, self._is_first = self._is_first, False
+        with contextlib.nullcontext() if is_first or self._repeat is None else self._repeat():
+            return self._function(*arguments)
 
 
 def assemble(
@@ -107,6 +136,7 @@ def assemble(
     number: int,
     chunk: int | None = None,
     least: int = 0,
+    repeatable: Callable[[], Repeat | None] | None = None,
 ) -> Tensor:
     """Put scores of ids together, chunk by chunk, in no more memory than the result and a chunk.
 
@@ -119,6 +149,7 @@ def assemble(
         number: V, how many ids there are, from 0 on.
         chunk: ids at once; None for `ids_at_once`.
         least: see above.
+        repeatable: see `Repeatable`.
 
     Returns:
         float ``(N, V)``.
@@ -137,7 +168,8 @@ def assemble(
     out = queries.new_empty(len(queries), number, dtype=dtype_of_products(queries))
     for ids in ranges:
         if with_gradient:
-            out = _Write.apply(out, checkpoint(scores, ids, None, use_reentrant=False), ids.start)
+            part = checkpoint(Repeatable(scores, repeatable), ids, None, use_reentrant=False)
+            out = _Write.apply(out, part, ids.start)
         elif out.dtype == queries.dtype:
             scores(ids, out[:, ids.start : ids.stop])
         else:  # autocast, which writes to no given tensor

@@ -21,7 +21,6 @@ from embcomp.errors import ConfigError, IncompatibleStateError, InputError, Spec
 from embcomp.hashing import check_range, hash_seed, hash_to_range
 from embcomp.hooks import TableHooks
 from embcomp.memory import SHARED, MemoryPart, MemoryReport, format_bytes
-from embcomp.phases import PLAIN
 from embcomp.range_scores import RangeScores, assemble, check_queries
 from embcomp.row_source import RowSource, weighted_mean
 from embcomp.specs import Knowledge, TableSpec, as_int, check_group
@@ -298,8 +297,10 @@ class EmbeddingTables(TableHooks):
         flat = self.check_queries(queries).reshape(-1, self.embedding_dim)
         spec = self.specs[index]
         least = self.gradient_rows
-        found = RangeScores(self.stretches(index, flat), spec.padding_idx, least=least, chunk=chunk)
-        scores = assemble(found, flat, spec.num_embeddings, chunk, least)
+        found = RangeScores(
+            self.stretches(index, flat), spec.padding_idx, least=least, chunk=chunk, repeatable=self.repeatable
+        )
+        scores = assemble(found, flat, spec.num_embeddings, chunk, least, self.repeatable)
         return scores.view(*queries.shape[:-1], spec.num_embeddings)
 
     def check_queries(self, queries: Tensor) -> Tensor:
@@ -317,14 +318,9 @@ class EmbeddingTables(TableHooks):
         They have as many values as are trained, since a dense gradient of any lookup has that size; and they are all
         ids where a lookup can't be repeated in the backward pass.
         """
-        if not self.repeats_lookups:
+        if self.repeatable() is None:
             return max(self.num_ids)
         return sum(p.numel() for p in self.parameters() if p.requires_grad) // self.embedding_dim
-
-    @property
-    def repeats_lookups(self) -> bool:
-        """Whether a lookup gives later in a step what it gives now; in phases, what is shown may have changed."""
-        return not self.training or (self.phases() == PLAIN and not self.has_own_step)
 
     def index_of(self, table: int | str) -> int:
         """The index of a table given by name or index.

@@ -5,6 +5,7 @@ Shapes: ``N`` queries, ``V`` items, ``D`` dimension, ``n`` items that are asked 
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embcomp.errors import InputError
+from embcomp.hooks import Repeat
 from embcomp.range_scores import RangeScores, check_queries
 from embcomp.storage import Ids
 from embcomp.stretches import Stretch
@@ -61,6 +63,10 @@ class ItemScorer(ABC):
         """Rows of D values that a dense gradient of few items has: so many are best taken at once."""
         return 0
 
+    def repeatable(self) -> Repeat | None:
+        """See `EmbeddingTables.repeatable`."""
+        return contextlib.nullcontext
+
     def scores(self, queries: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Score consecutive items at once: queries ``(..., D)`` to float ``(..., stop - start)``.
 
@@ -76,7 +82,8 @@ class ItemScorer(ABC):
 
     def scoring(self, queries: Tensor, chunk: int | None = None) -> RangeScores:
         """What scores any items by queries ``(N, D)`` that are checked; see `RangeScores`."""
-        return RangeScores(self.stretches(queries), self.zero_id, self.bias, self.gradient_rows, chunk)
+        stretches, least = self.stretches(queries), self.gradient_rows
+        return RangeScores(stretches, self.zero_id, self.bias, least, chunk, repeatable=self.repeatable)
 
     def score_pairs(self, queries: Tensor, ids: Tensor) -> Tensor:
         """Score some items for each query: ``(N, D)`` and int64 ``(N, n)`` to float ``(N, n)``."""
@@ -130,6 +137,10 @@ class TableScorer(ItemScorer):
     def gradient_rows(self) -> int:
         """Values that are trained, in rows of D."""
         return self.tables.gradient_rows
+
+    def repeatable(self) -> Repeat | None:
+        """That of the tables."""
+        return self.tables.repeatable()
 
     def vectors(self, ids: Tensor) -> Tensor:
         """Look items up, uncounted: int64 ``(...)`` to float32 ``(..., D)``."""
@@ -223,6 +234,10 @@ class FirstItemsScorer(ItemScorer):
     def gradient_rows(self) -> int:
         """Those of the other catalogue, whose gradients are as large however few items are scored."""
         return self.scorer.gradient_rows
+
+    def repeatable(self) -> Repeat | None:
+        """That of the other catalogue."""
+        return self.scorer.repeatable()
 
     def vectors(self, ids: Tensor) -> Tensor:
         """Vectors of items: int64 ``(...)`` to float ``(..., D)``."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from embcomp.range_scores import check_chunk, dtype_of_products, ids_at_once
+from embcomp.range_scores import Repeatable, check_chunk, dtype_of_products, ids_at_once
 from embcomp.scoring._checks import check_examples, exact
 from embcomp.scoring.scorers import ItemScorer
 from embcomp.stretches import Stretch
@@ -115,7 +115,7 @@ def _score_piece(
     """For each query the log of the sum over a piece of exp(score), and the target's score, or 0 if it is elsewhere."""
     first = stretch.ids.start + ids.start
     zero = None if scorer.zero_id is None else scorer.zero_id - first
-    compose = partial(_compose, stretch.vectors, ids, zero)
+    compose = Repeatable(partial(_compose, stretch.vectors, ids, zero), scorer.repeatable)
     # Of many pieces only one is there at a time: what it is composed of, and the vectors, are composed again.
     vectors = checkpoint(compose, use_reentrant=False) if again and torch.is_grad_enabled() else compose()
     queries, bias = stretch.queries, None if scorer.bias is None else scorer.bias[first : first + len(ids)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor
 from embcomp.budget import Budget
 from embcomp.config import check_at_least, check_at_most, check_choice, register_strategy
 from embcomp.errors import BudgetError, ConfigError
+from embcomp.hooks import Repeat
 from embcomp.phases import Phase
 from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import make_row_store
@@ -201,6 +204,18 @@ class NestedTables(CutTables):
             self._drawn = ladder[torch.randint(len(ladder), (self.num_tables,), device=ladder.device)]
         elif name == "narrow":
             self._drawn = torch.full_like(self._starts, self._ladder[0])
+
+    def repeatable(self) -> Repeat:
+        return partial(self._showing, self._pass, self._drawn)
+
+    @contextlib.contextmanager
+    def _showing(self, name: str, drawn: Tensor | None) -> Iterator[None]:
+        now = self._pass, self._drawn
+        self._pass, self._drawn = name, drawn
+        try:
+            yield
+        finally:
+            self._pass, self._drawn = now
 
     def make_search(self) -> Search:
         ladder = [*reversed(self._ladder), 0]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from embcomp.config import check_at_least, check_choice, register_strategy
 from embcomp.errors import ConfigError
+from embcomp.hooks import Repeat
 from embcomp.phases import Phase
 from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import RowFormat
@@ -301,6 +303,10 @@ class OptEmbedTables(PrunedTables):
             weight[used] = weight[used] * (1 - self.config.decay)
             self._rows_of_step = []
 
+    def repeatable(self) -> Repeat:
+        draws = self.training and self.stage == "supernet" and self.config.search_dims
+        return _drawing_again(self.kept.device) if draws else contextlib.nullcontext
+
     # ---- search -----------------------------------------------------------------------------------------------------
 
     def make_search(self) -> Search:
@@ -413,6 +419,23 @@ class Step(torch.autograd.Function):
         size = ctx.saved_tensors[0].abs()
         slope = torch.where(size <= 0.4, 2 - 4 * size, torch.where(size <= 1, 0.4, 0.0))
         return gradient * slope
+
+
+def _drawing_again(device: torch.device) -> Repeat:
+    """A context in which random numbers begin where they are now, and afterwards go on as if it had not been."""
+    on_gpu = device.type == "cuda"
+    state = torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        with torch.random.fork_rng([device] if on_gpu else []):
+            if on_gpu:
+                torch.cuda.set_rng_state(state, device)
+            else:
+                torch.set_rng_state(state)
+            yield
+
+    return again
 
 
 def _seeds(sizes: Sequence[int], dim: int) -> list[Candidate]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from embcomp import EmbeddingTables
 from embcomp.errors import ConfigError, InputError, UnseenIdError
+from embcomp.hooks import Repeat
 from embcomp.range_scores import check_queries
 from embcomp.scoring import ItemScorer, MatrixScorer, TableScorer
 from embcomp.storage import Ids
@@ -253,7 +254,11 @@ class ComposedScorer(ItemScorer):
     def gradient_rows(self) -> int:
         """Items that are best composed at once; see `EmbeddingTables.gradient_rows`."""
         tables = self.items.tables
-        return tables.gradient_rows if tables.repeats_lookups else self.num_items
+        return self.num_items if tables.repeatable() is None else tables.gradient_rows
+
+    def repeatable(self) -> Repeat | None:
+        """That of the tables."""
+        return self.items.tables.repeatable()
 
     def vectors(self, ids: Tensor) -> Tensor:
         """Compose items, uncounted: int64 ``(...)`` to float32 ``(..., D)``."""

@@ -67,6 +67,42 @@ def require_plain(tables, scorer, chunk):
     )
 
 
+def in_phase(name):
+    """Tables that show what the backward pass would not show again by itself."""
+    tables = build(name).train()
+    tables.enter_phase_(tables.phases()[0])
+    torch.manual_seed(3)
+    tables.set_pass_("random")
+    return tables
+
+
+def by_pieces(scorer, queries, targets):
+    return cross_entropy(scorer, queries, targets, 7)
+
+
+def by_chunks(scorer, queries, targets):
+    return F.cross_entropy(scorer.tables.scores("item", queries, 20), targets)
+
+
+@pytest.mark.parametrize("score", [by_pieces, by_chunks])
+@pytest.mark.parametrize("name", ["nested", "optembed"])
+def test_pieces_are_composed_again_as_they_were_shown(name, score, small_pieces):
+    tables, queries, targets = in_phase(name), torch.randn(9, 6, requires_grad=True), torch.randint(130, (9,))
+    learned = [queries, *(p for p in tables.parameters() if p.requires_grad)]
+    torch.manual_seed(4)
+    rows = torch.cat([tables(ids, "item") for ids in torch.arange(130).split(20)])
+    wanted = gradients(F.cross_entropy(queries @ rows.T, targets), learned)
+    torch.manual_seed(4)
+    loss = score(TableScorer(tables, "item"), queries, targets)
+    tables.set_pass_("narrow")
+    state, shown = torch.get_rng_state(), tables(torch.arange(130), "item").detach()
+    torch.set_rng_state(state)
+    for one, other in zip(gradients(loss, learned), wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(tables(torch.arange(130), "item"), shown)
+
+
 @pytest.mark.parametrize("chunk", [None, 33])
 @pytest.mark.parametrize("name", ["full", "hash", "compact", "compact, shared", "frequency_cut"])
 def test_the_first_items_of_a_table(name, chunk):

@@ -121,9 +121,9 @@ def test_a_step_that_forgets_the_others_is_refused(kinds):
 
 
 def test_lookups_of_a_step_are_not_repeated_in_its_backward_pass():
-    assert tables_of(FullTables).repeats_lookups
-    assert not tables_of(SharpnessAware).repeats_lookups
-    assert tables_of(SharpnessAware).eval().repeats_lookups
+    assert tables_of(FullTables).repeatable() is not None
+    assert tables_of(SharpnessAware).repeatable() is None
+    assert tables_of(SharpnessAware).eval().repeatable() is not None
 
 
 # ---- whole loops ---------------------------------------------------------------------------------------------------
