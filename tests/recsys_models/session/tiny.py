@@ -11,6 +11,7 @@ from recsys_models.session import build_session_model, session_specs, table_coun
 
 NUM_ITEMS = 30
 NAMES = ("sasrec", "bert4rec", "gru4rec", "narm", "sr_gnn", "m2trec")
+SESSIONS = [[3, 4, 3, 5], [7], [1, 2, 3, 4, 5, 6, 7], [9, 9, 9]]
 
 
 def sequences(*sessions):
@@ -75,3 +76,11 @@ def tiny_model(log, name="sasrec", strategy="full", budget=None, dim=16, init_st
     specs = session_specs(name, log.catalogue, dim, init_std, **options)
     tables = build_tables(specs, strategy, budget, table_counts(specs, log.catalogue))
     return build_session_model(name, tables, log.catalogue, **options)
+
+
+def padded(sessions, width=None, filler=0):
+    width = width or max(map(len, sessions))
+    items = torch.full((len(sessions), width), filler)
+    for row, session in enumerate(sessions):
+        items[row, : len(session)] = torch.tensor(session)
+    return items, torch.tensor([len(session) for session in sessions])
