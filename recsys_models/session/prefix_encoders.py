@@ -1,4 +1,4 @@
-"""Encoders that read a session as a whole: NARM, SR-GNN and M2TRec. They learn from each prefix.
+"""Encoders that read a session as a whole: NARM, SR-GNN and M2TRec. They learn from each prefix, unless told else.
 
 Shapes: ``B`` sessions, ``L`` positions, ``D`` dimension.
 """
@@ -11,17 +11,18 @@ from torch import Tensor, nn
 from embcomp.errors import ConfigError
 from recsys_models.data import NO_TARGET
 from recsys_models.layers import check_dropout, check_sizes
-from recsys_models.session.encoders import Encoder, Sessions
+from recsys_models.session.encoders import CausalEncoder, Encoder, Sessions
 from recsys_models.session.layers import Transformer, inside, last_of
 
 POOLINGS = ("mean", "last", "attention")
 
 
-class NARM(Encoder):
+class NARM(CausalEncoder):
     """A recurrent network with attention.
 
     "Neural Attentive Session-based Recommendation" (arXiv 1711.04725). The last state stands for the whole session, the
-    states that it attends to for its main purpose; a bilinear map takes both to the space of the items.
+    states that it attends to for its main purpose; a bilinear map takes both to the space of the items. It learns from
+    prefixes, as in the paper, or in one pass from all positions, as states know only what is before them.
 
     Args:
         dim: D.
@@ -31,6 +32,8 @@ class NARM(Encoder):
         dropout: of the items' vectors.
         context_dropout: of the session's vector.
     """
+
+    targets = "prefixes"
 
     def __init__(
         self,
@@ -56,9 +59,18 @@ class NARM(Encoder):
         """Queries: float32 ``(B, D)``."""
         states, _ = self.recurrent(self.dropout(sessions.vectors))
         last = last_of(states, sessions.lengths)
-        weights = self.weight(torch.sigmoid(self.of_last(last)[:, None] + self.of_each(states)))
-        weights = weights * inside(sessions.lengths, states.shape[1])[..., None]
-        purpose = (weights * states).sum(1)
+        return self._queries(states, last[:, None], inside(sessions.lengths, states.shape[1])[:, None])[:, 0]
+
+    def hidden(self, sessions: Sessions) -> Tensor:
+        """Queries of all positions: float32 ``(B, L, D)``; attention takes ``B · L²`` values of the state's width."""
+        states, _ = self.recurrent(self.dropout(sessions.vectors))
+        places = torch.arange(states.shape[1], device=states.device)
+        return self._queries(states, states, (places <= places[:, None])[None])
+
+    def _queries(self, states: Tensor, last: Tensor, seen: Tensor) -> Tensor:
+        """Queries ``(B, Q, D)`` of last states ``(B, Q, H)``, of the states that ``seen``, ``(B or 1, Q, L)``, says."""
+        weights = self.weight(torch.sigmoid(self.of_last(last)[:, :, None] + self.of_each(states)[:, None])).squeeze(-1)
+        purpose = (weights * seen) @ states
         queries: Tensor = self.bilinear(self.context_dropout(torch.cat([last, purpose], dim=-1)))
         return queries
 

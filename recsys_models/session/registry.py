@@ -233,7 +233,8 @@ def _encoder(name: str, dim: int, config: ModelConfig, options: dict[str, Any]) 
             )
         encoder.targets = str(config.targets)
     if config.windows == "all" and encoder.targets != "positions":
-        hint = ", set causal=True" if isinstance(encoder, M2TRec) else ""
+        way = "targets='positions'" if encoder.has_choice else "causal=True" if isinstance(encoder, M2TRec) else None
+        hint = "" if way is None else f", set {way}"
         raise ConfigError(
             f"windows='all', but {name} learns from prefixes, all of which are learned from anyway: leave windows "
             f"out{hint}, or use a model that learns from every position, such as 'sasrec'"

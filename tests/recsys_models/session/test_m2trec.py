@@ -20,6 +20,7 @@ from tests.recsys_models.session.tiny import (
 )
 
 LOG = tiny_log()
+EITHER = [("sasrec", {}), ("gru4rec", {}), ("narm", {}), ("m2trec", {"causal": True})]
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last", "attention"])
@@ -51,7 +52,7 @@ def test_a_causal_m2trec_learns_in_one_pass_what_prefixes_would_teach(pooling):
     assert not torch.allclose(both_ways.queries(*padded(prefixes)), model.queries(*padded(prefixes)), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "options"), [("sasrec", {"blocks": 1, "heads": 2}), ("sasrec", {}), ("gru4rec", {})])
+@pytest.mark.parametrize(("name", "options"), [("sasrec", {"blocks": 1, "heads": 2}), *EITHER[:3]])
 def test_the_last_position_alone_gives_what_all_positions_do(name, options):
     model = tiny_model(LOG, name, **options).eval()
     with torch.no_grad():
@@ -63,7 +64,7 @@ def test_the_last_position_alone_gives_what_all_positions_do(name, options):
     torch.testing.assert_close(model.encoder(sessions), every, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "options"), [("sasrec", {}), ("gru4rec", {}), ("m2trec", {"causal": True})])
+@pytest.mark.parametrize(("name", "options"), EITHER)
 def test_what_learns_from_every_position_can_learn_from_prefixes_too(name, options):
     model = tiny_model(LOG, name, **options).eval()
     batch = next(iter(LOG.train.batches(16, 8, mode="prefixes")))
@@ -71,11 +72,11 @@ def test_what_learns_from_every_position_can_learn_from_prefixes_too(name, optio
     torch.testing.assert_close(learned, model.queries(batch.items, batch.lengths))
 
 
-@pytest.mark.parametrize(("name", "options"), [("sasrec", {}), ("gru4rec", {}), ("m2trec", {"causal": True})])
+@pytest.mark.parametrize(("name", "options"), EITHER)
 def test_a_prefix_has_the_same_query_whatever_is_learned_from(name, options):
     whole, cut = (tiny_model(LOG, name, targets=targets, **options).eval() for targets in ("positions", "prefixes"))
     assert (whole.encoder.targets, cut.encoder.targets) == ("positions", "prefixes")
-    assert tiny_model(LOG, name, **options).encoder.targets == "positions"
+    assert tiny_model(LOG, name, **options).encoder.targets == ("prefixes" if name == "narm" else "positions")
     log = dataclasses.replace(LOG, train=sequences(*(session for session in LOG.train if 1 < len(session) <= 8)))
     positions = next(iter(log.train.batches(len(log.train), 8)))
     prefixes = next(iter(log.train.batches(10_000, 8, mode="prefixes")))

@@ -189,7 +189,7 @@ def test_only_positions_with_a_target_are_learned():
         ("m2trec", {"bag_pooling": "sum"}, "bag_pooling='sum'"),
         ("m2trec", {"pooling": "max"}, "pooling='max'"),
         ("sasrec", {"targets": "position"}, "targets='position'"),
-        ("narm", {"targets": "positions"}, "narm learns from prefixes alone: leave it out$"),
+        ("sr_gnn", {"targets": "positions"}, "sr_gnn learns from prefixes alone: leave it out$"),
         ("bert4rec", {"targets": "prefixes"}, "bert4rec learns from positions alone"),
         ("m2trec", {"targets": "positions"}, "m2trec learns from prefixes alone: leave it out, or set causal=True"),
         ("sasrec", {"targets": "prefixes", "windows": "all"}, "windows='all'"),
@@ -208,12 +208,14 @@ def test_wrong_options(name, options, message):
 @pytest.mark.parametrize("name", ["narm", "sr_gnn", "m2trec"])
 def test_bug_windows_of_what_learns_from_prefixes_are_refused_before_training(name):
     """They were built, and `fit` failed with a message on a mode that nobody had set."""
-    hint = ", set causal=True, or" if name == "m2trec" else ", or"
+    hint = {"narm": ", set targets='positions', or", "m2trec": ", set causal=True, or"}.get(name, ", or")
     with pytest.raises(ConfigError, match=f"windows='all', but {name} learns from prefixes.*leave windows out{hint}"):
         tiny_model(LOG, name, windows="all")
 
 
-@pytest.mark.parametrize(("name", "options"), [("bert4rec", {}), ("gru4rec", {}), ("m2trec", {"causal": True})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("bert4rec", {}), ("narm", {"targets": "positions"}), ("m2trec", {"causal": True})]
+)
 def test_windows_of_what_learns_from_positions_are_taken(name, options):
     assert tiny_model(LOG, name, windows="all", **options).windows == "all"
 
