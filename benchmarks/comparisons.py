@@ -47,7 +47,7 @@ class Comparison:
 
 
 def compare_models(sections: Iterable[Section]) -> list[Comparison]:
-    """Put the models of every experiment and data set that has several side by side.
+    """Put the models of every experiment and data set that has several, or one in several ways, side by side.
 
     Args:
         sections: of a report.
@@ -61,7 +61,7 @@ def compare_models(sections: Iterable[Section]) -> list[Comparison]:
     for (experiment, data, _, metric), group in groups.items():
         plain = [_without_budget(section) for section in group]
         several = [points for points in plain if len(points)]
-        if len(several) < 2:
+        if sum(map(len, several)) < 2:
             continue
         points = pd.concat(several, ignore_index=True).sort_values(metric, ascending=False, ignore_index=True)
         compared = [name for task in COMPARED for name in task if points[name].notna().any()]

@@ -114,6 +114,20 @@ def test_cells_that_failed_to_load_stand_with_the_others(results):
     assert cell_frame([*results, lost]).data_hash.unique().tolist() == ["abc"]
 
 
+def test_ways_to_train_one_model_are_compared_by_steps_too(tmp_path, results, capsys):
+    write_results(tmp_path, results)
+    main(["--markdown", "-", "-o", str(tmp_path / "one.html"), str(tmp_path)])
+    assert ": models" not in capsys.readouterr().out
+    other = made_result("multi-task", None, 1, 0.81, 10_000)
+    other.training["history"] = [{"step": step, "mrr@20": 0.1 * step} for step in (1, 2, 3, 4)]
+    write_results(tmp_path, [other])
+    main(["--markdown", "-", "-o", str(tmp_path / "two.html"), str(tmp_path)])
+    text = capsys.readouterr().out
+    assert ": models" in text
+    assert "steps to 95 % of MRR" in text
+    assert next(line for line in text.splitlines() if "| multi-task |" in line).endswith("| 4 | 1 |")
+
+
 def test_damaged_files_are_named_and_left_out(tmp_path, results, capsys):
     write_results(tmp_path, results)
     (tmp_path / "made" / "torn.json").write_text('{"schema_version": 1, "ce')
