@@ -90,7 +90,8 @@ def check_parts(config):
         of_all = ModelConfig(**{key: value for key, value in model.items() if key in shared})
         own = {key: value for key, value in model.items() if key not in shared}
         encoder = ENCODERS[name](config["embedding_dim"], of_all.max_length, **own)
-        assert of_all.windows == "last" or encoder.targets == "positions"
+        assert of_all.targets in (None, encoder.targets) or encoder.has_choice
+        assert of_all.windows == "last" or (of_all.targets or encoder.targets) == "positions"
         make_session_reader(data.pop("name"), **data)
     else:
         assert set(model) <= set(inspect.signature(MODELS[name]).parameters)
