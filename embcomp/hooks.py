@@ -132,8 +132,21 @@ class TableHooks(nn.Module):
         """Take the form that a search has chosen."""
         raise NotImplementedError
 
+    def adopt_cut_(self, front: Sequence[FrontPoint], place: int, limit: int | None) -> None:
+        """Take the form that a cut of several groups has come to; for strategies that search by `GreedyCut`.
+
+        Args:
+            front: this group's form at each step of any group, with the value of all of them together.
+            place: which of them.
+            limit: bytes that this group may take, so that some of the last steps can be given back; None for any.
+        """
+        raise NotImplementedError
+
     def pareto(self) -> list[FrontPoint]:
         """Forms of falling size that one training has led to, with bytes and validation values, the largest first.
+
+        Groups that were cut together have an entry for each step of any of them, so that forms of one come several
+        times; values are those of all groups.
 
         `embcomp.save_pretrained` keeps them with the training form; a state dict alone does not, nor the serving form.
         Values are those that the search evaluated, with batch-norm statistics as training had left them.

@@ -22,7 +22,9 @@ from embcomp.sites import Fields, Filter, Patterns, Site, attach, choose, find_g
 from embcomp.specs import TableSpec
 from embcomp.tables import EmbeddingTables
 from embcomp.training.batch_norms import recalibrate_
+from embcomp.training.joint_cut import adopt_cuts_, joint_front
 from embcomp.training.reassigned import step_tables_
+from embcomp.training.search import place_within
 
 if TYPE_CHECKING:
     from embcomp.training.search import FrontPoint
@@ -90,21 +92,20 @@ class Compression:
         return self
 
     def pareto(self) -> list[FrontPoint]:
-        """The front of sizes that one training has led to; see `EmbeddingTables.pareto`.
+        """The front of sizes that one training has led to, of all groups together; see `EmbeddingTables.pareto`.
 
         Values are those that the search evaluated, with batch-norm statistics as training had left them.
 
         Raises:
-            ConfigError: if there are several groups, each of which has its own (``tables.pareto()`` for ``tables`` in
-                `tables`), the strategy has no front, or it is not there yet.
+            ConfigError: if the strategy has no front, it is not there yet, or groups were not cut together.
         """
-        return self._only_group("pareto").pareto()
+        return joint_front([tables.pareto() for tables in self.tables])
 
     def cut_(self, budget: str | float | Budget, recalibrate: Callable[[], None] | None = None) -> Compression:
         """Go to another budget on that front, before `finalize_`; see `EmbeddingTables.cut_`.
 
-        Several groups are cut one by one, ``handle.tables[0].cut_(budget)``, where a share is one of the group's bytes;
-        after the last of them, `embcomp.training.recalibrate_` does for the model what ``recalibrate`` does here.
+        One group alone can be cut too, ``handle.tables[0].cut_(budget)``, where a share is one of the group's bytes;
+        `embcomp.training.recalibrate_` then does for the model what ``recalibrate`` does here.
 
         Args:
             budget: see `Budget.parse`; a share is one of the tables' float32 bytes.
@@ -115,17 +116,17 @@ class Compression:
             ConfigError: as `pareto`, and if the tables are finalized.
             BudgetError: if the budget can't be read, or the smallest form takes more.
         """
-        self._only_group("cut_").cut_(budget)
+        if any(tables.is_final for tables in self.tables):
+            raise ConfigError(
+                f"cut_({budget!r}): the tables are finalized, and have lost what was cut; cut before finalize_, or cut "
+                "the training form and finalize that"
+            )
+        limit = Budget.parse(budget).bytes(self.memory().full_bytes)
+        place = place_within(self.pareto(), limit, budget)
+        adopt_cuts_(self.tables, [tables.pareto() for tables in self.tables], place, limit)
         if recalibrate is not None:
             recalibrate_(self.model, recalibrate)
         return self
-
-    def _only_group(self, method: str) -> EmbeddingTables:
-        if len(self.tables) != 1:
-            raise ConfigError(
-                f"the model has {len(self.tables)} groups of tables: call {method} of each, for tables in handle.tables"
-            )
-        return self.tables[0]
 
     def to_dense(self) -> dict[str, Tensor]:
         """Dense rows of every table: name -> float32 ``(V, D)``, without gradients."""

@@ -407,13 +407,20 @@ def test_bug_stale_batch_norm_statistics_a_cut_takes_those_of_the_form_it_goes_t
     assert all(module.training for module in model.modules())
 
 
-def test_a_front_belongs_to_one_group():
+def test_groups_that_were_not_cut_together_have_a_front_each():
     model = nn.ModuleList([nn.Embedding(50, 8), nn.Embedding(50, 4)])
     handle = embcomp.compress_(model, "nested", verbose=False)
-    with pytest.raises(ConfigError, match="2 groups of tables: call pareto of each"):
-        handle.pareto()
-    with pytest.raises(ConfigError, match="2 groups of tables: call cut_ of each"):
-        handle.cut_("10%")
+    for tables in handle.tables:
+        alone = nn.ModuleList([tables])
+        phases = Phases(alone)
+        phases.enter_(phases.phases[1])
+        phases.search_(lambda tables=tables: float(tables(torch.arange(50), 0).detach().square().mean()))
+        phases.leave_(phases.phases[1])
+    for act in (handle.pareto, lambda: handle.cut_("10%")):
+        with pytest.raises(ConfigError, match=r"the 2 groups .* were not cut together.* tables in handle.tables"):
+            act()
+    handle.tables[0].cut_("10%")
+    assert handle.tables[0].memory().ratio <= 0.1
 
 
 def test_bug_the_report_says_what_trains_in_phases():
@@ -424,7 +431,7 @@ def test_bug_the_report_says_what_trains_in_phases():
             assert f"  trains in phases, {told}: take the model through them by embcomp.training.Phases" in report
 
 
-def test_groups_are_cut_each_by_itself_and_keep_their_fronts_in_files(tmp_path):
+def test_groups_are_cut_together_and_keep_their_fronts_in_files(tmp_path):
     def plain():
         return nn.ModuleList([nn.Embedding(50, 8), nn.Embedding(50, 4), nn.BatchNorm1d(8)])
 
@@ -436,6 +443,12 @@ def test_groups_are_cut_each_by_itself_and_keep_their_fronts_in_files(tmp_path):
         if phase.is_search:
             phases.search_(lambda: sum(float(model[i](ids).detach().square().mean()) for i in range(2)))
         phases.leave_(phase)
+    front = handle.pareto()
+    assert front[0].bytes == handle.memory().full_bytes
+    assert [len(point.candidate) for point in front] == [2] * len(front)
+    for budget in ("60%", "10%", "30%"):
+        handle.cut_(budget)
+        assert handle.memory().ratio <= float(budget[:-1]) / 100
     for tables, budget in zip(handle.tables, ("10%", "30%"), strict=True):
         tables.cut_(budget)
         assert tables.memory().ratio <= float(budget[:-1]) / 100
@@ -450,6 +463,10 @@ def test_groups_are_cut_each_by_itself_and_keep_their_fronts_in_files(tmp_path):
         for own, tables in zip(loaded.tables, handle.tables, strict=True):
             assert own.pareto() == tables.pareto()
             own.cut_("50%")
+        assert loaded.pareto() == front
+        assert loaded.cut_("20%").finalize_().memory().ratio <= 0.2
+        with pytest.raises(ConfigError, match="the tables are finalized"):
+            loaded.cut_("10%")
 
 
 def test_bug_a_torchrec_that_cannot_be_imported_is_nobodys_business(monkeypatch):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from embcomp.budget import Budget
 from embcomp.config import check_at_least, check_at_most, check_choice, register_strategy
-from embcomp.errors import BudgetError, ConfigError
+from embcomp.errors import ConfigError
 from embcomp.hooks import Repeat
 from embcomp.phases import Phase
 from embcomp.specs import Knowledge, TableSpec
@@ -39,7 +39,7 @@ from embcomp.strategies._layouts import (
 )
 from embcomp.tables import EmbeddingTables
 from embcomp.training.greedy import GreedyCut
-from embcomp.training.search import Candidate, FrontPoint, Search
+from embcomp.training.search import Candidate, FrontPoint, Search, place_within
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +135,7 @@ class NestedTables(CutTables):
         self._shown: Tensor | None = None
         self._drawn: Tensor | None = None
         self._cutting: GreedyCut | None = None
+        self._front: list[FrontPoint] = []
         self.rows = make_row_store(config.rows, self.num_ids, self.embedding_dim, config.sparse)
         self.make_projection_()
         self.constant("_starts", self.rows.starts())
@@ -195,7 +196,7 @@ class NestedTables(CutTables):
     def leave_phase_(self, phase: Phase) -> None:
         self._training_form, self._shown = False, None
         if phase.name == "retrain":
-            self._cutting = None  # its values are of the weights before
+            self._front = []  # its values are of the weights before
 
     def set_pass_(self, name: str) -> None:
         self._pass = name
@@ -238,40 +239,44 @@ class NestedTables(CutTables):
         return self._bytes_of(candidate)
 
     def adopt_(self, candidate: Candidate) -> None:
-        self._training_form, self._shown = False, None
-        self._choose(self._between(candidate))
+        assert self._cutting is not None
+        self.adopt_cut_(self._cutting.front(), self._cutting.path.index(candidate), self.config.limit_bytes)
+
+    def adopt_cut_(self, front: Sequence[FrontPoint], place: int, limit: int | None) -> None:
+        self._training_form, self._shown, self._front = False, None, list(front)
+        self._choose(self._between(place, limit))
 
     def pareto(self) -> list[FrontPoint]:
-        if self._cutting is None:
+        if not self._front:
             raise ConfigError(
                 "there is no front before the cut, or after a retraining, which is for one form: run the phases first, "
                 "with embcomp.training.Phases and retrain='none', or load the training form that save_pretrained saved "
                 "after the cut"
             )
-        return self._cutting.front()
+        return list(self._front)
 
     def front_state(self) -> dict[str, Any] | None:
-        if self._cutting is None or self.is_final:
+        if not self._front or self.is_final:
             return None
-        front = [[list(point.candidate), point.value] for point in self._cutting.front()]
-        return {"tiers": self._tiers, "ordered": self._ordered, "front": front} if front else None
+        front = [[list(point.candidate), point.value] for point in self._front]
+        return {"tiers": self._tiers, "ordered": self._ordered, "front": front}
 
     def load_front_(self, state: Mapping[str, Any] | None) -> None:
-        self._cutting = None
+        self._front = []
         if state is None:
             return
         tiers, ordered = [list(map(int, own)) for own in state["tiers"]], list(map(bool, state["ordered"]))
-        candidates = [tuple(map(int, candidate)) for candidate, _ in state["front"]]
+        front = [(tuple(map(int, candidate)), float(value)) for candidate, value in state["front"]]
         genes, rungs = sum(map(len, tiers)), {0, *self._ladder}
         if (
             [own[-1:] for own in tiers] != [[spec.num_embeddings] for spec in self.specs]
             or len(ordered) != self.num_tables
-            or not candidates
-            or any(len(candidate) != genes or not rungs.issuperset(candidate) for candidate in candidates)
+            or not front
+            or any(len(candidate) != genes or not rungs.issuperset(candidate) for candidate, _ in front)
         ):
             raise ValueError(f"the front is not of tables {', '.join(self.names)}")
         self._tiers, self._ordered = tiers, ordered
-        self.make_search().load({"known": state["front"], "path": candidates, "slopes": []})
+        self._front = [FrontPoint(candidate, self._bytes_of(candidate), value) for candidate, value in front]
 
     def cut_(self, budget: str | float | Budget) -> None:
         if self.is_final:
@@ -279,13 +284,8 @@ class NestedTables(CutTables):
                 f"cut_({budget!r}): tables {', '.join(self.names)} are finalized, and have lost what was cut; "
                 "cut before finalize_, or cut the training form and finalize that"
             )
-        smallest = self.pareto()[-1].bytes
         limit = Budget.parse(budget).bytes(sum(spec.full_bytes for spec in self.specs))
-        assert self._cutting is not None
-        if limit < smallest:
-            raise BudgetError(f"the smallest form takes {smallest} B, budget {budget} is {limit} B", smallest)
-        self._cutting.limit = limit
-        self._choose(self._between(self._cutting.within(limit)))
+        self.adopt_cut_(self._front, place_within(self.pareto(), limit, budget), limit)
 
     # ---- the form that is served ------------------------------------------------------------------------------------
 
@@ -307,21 +307,20 @@ class NestedTables(CutTables):
     def _bytes_of(self, candidate: Candidate) -> int:
         return layout_bytes(self._layout_of(candidate), self.specs, self.config)
 
-    def _between(self, candidate: Candidate) -> list[list[Part]]:
-        """The form of a candidate, with what steps took given back, the latest first, as far as the budget allows.
+    def _between(self, place: int, limit: int | None) -> list[list[Part]]:
+        """The form at a place of the front, with what steps took given back, latest first, as far as ``limit`` allows.
 
         The latest step of a table whose ids are numbered by frequency is undone for as many of them as fit; the others
         for all ids or none.
         """
-        layout = self._layout_of(candidate)
-        assert self._cutting is not None
-        path, limit = self._cutting.path, self._cutting.limit
+        layout = self._layout_of(self._front[place].candidate)
         if limit is None:
             return layout
+        steps = [(old.candidate, new.candidate) for old, new in pairwise(self._front[: place + 1])]
         divided: int | None = None
-        for place in range(path.index(candidate), 0, -1):
-            changed = zip(path[place - 1], path[place], strict=True)
-            gene, before = next((gene, old) for gene, (old, new) in enumerate(changed) if old != new)
+        for step in reversed([step for step in steps if step[0] != step[1]]):
+            changed = enumerate(zip(*step, strict=True))
+            gene, before = next((gene, old) for gene, (old, new) in changed if old != new)
             table, tier = self._gene(gene)
             if divided is None and self._ordered[table]:
                 layout = self._with_frequent(layout, table, tier, before, limit)

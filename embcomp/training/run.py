@@ -19,12 +19,15 @@ from embcomp.phases import PLAIN, Phase
 from embcomp.sites import find_groups
 from embcomp.tables import EmbeddingTables
 from embcomp.training.batch_norms import unmoved
+from embcomp.training.greedy import GreedyCut
+from embcomp.training.joint_cut import JointCut
 from embcomp.training.reassigned import step_tables_
 from embcomp.training.search import Search
 from embcomp.training.searching import (
     Evaluate,
     EvaluateMany,
     Report,
+    Searched,
     SearchLoop,
     SearchResult,
     make_folder,
@@ -75,7 +78,7 @@ class Phases:
             "architecture": [p for group in self._architecture for p in group["params"]],
         }
         self._optimizer: torch.optim.Optimizer | None = None
-        self._searches: dict[int, Search] = {}
+        self._searches: list[tuple[Searched, Search]] = []
         self._found: list[SearchResult] = []
         self._is_searched = False
         self.initial = self._first_weights() if any(phase.rewind for phase in self.phases) else {}
@@ -95,7 +98,7 @@ class Phases:
             names = ", ".join(repr(own.name) for own in self.phases)
             raise ConfigError(f"enter_({phase!r}): give a phase of this model; Phases(model).phases has {names}")
         self.phase, self._is_searched = phase, False
-        self._searches, self._found = {}, []
+        self._searches, self._found = [], []
         if phase.rewind:
             self.load_weights_(self.initial)
         for name, parameters in self._own.items():
@@ -263,7 +266,9 @@ class Phases:
         report: Report | None = None,
         keep_checkpoint: bool = False,
     ) -> SearchResult:
-        """Run the search of this phase, and adopt what it finds; several groups are searched one after the other.
+        """Run the search of this phase, and adopt what it finds.
+
+        Several groups that are cut, as those of ``nested``, are cut together; others are searched one after the other.
 
         Where an evaluation raises, or is interrupted, nothing is lost: call it again to go on from the last round.
 
@@ -277,14 +282,14 @@ class Phases:
             at_once: P, at most.
             num_finalists: candidates that are compared by ``evaluate``, once ``evaluate_many`` has found them.
             checkpoint: JSON file that every round is saved to, whole, and that a later call goes on from; its folder is
-                created. Searches of more groups have files beside it, `embcomp.training.search_files`.
+                created. Further searches have files beside it, `embcomp.training.search_files`.
             report: called after every round with rounds done, rounds at most, and the value and the serve bytes (None
                 where tables don't know) of the form that would be chosen now.
             keep_checkpoint: leave the checkpoint's files when the search is over, for a loop that saves the model next
                 and deletes them then: killed in between, it goes on from what was found. False deletes them.
 
         Returns:
-            What the search came to; of several groups, the last one's, whose value is that of all together.
+            What the search came to; of several, the last one, whose value is that of all together.
 
         Raises:
             ConfigError: if the phase is no search.
@@ -301,20 +306,27 @@ class Phases:
                 f"rows; {_WITHOUT_ROWS}"
             )
         loop = SearchLoop(self.model, evaluate, evaluate_many, recalibrate, at_once, num_finalists, report)
-        searching = self._concerned(self.phase)
-        paths = self._search_paths(checkpoint, len(searching))
-        for number in range(len(self._found), len(searching)):  # those before were found before it was interrupted
-            if number not in self._searches:
-                self._searches[number] = searching[number].make_search()
-            self._found.append(loop.run(searching[number], self._searches[number], paths[number]))
+        self._searches = self._searches or self._make_searches()
+        paths = self._search_paths(checkpoint, len(self._searches))
+        for number in range(len(self._found), len(self._searches)):  # those before were found before it was interrupted
+            self._found.append(loop.run(*self._searches[number], paths[number]))
         for path in paths:
             if path is not None and not keep_checkpoint:
                 path.unlink(missing_ok=True)
         result = self._found[-1]
-        self._searches, self._found, self._is_searched = {}, [], True
+        self._searches, self._found, self._is_searched = [], [], True
         return result
 
     # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _make_searches(self) -> list[tuple[Searched, Search]]:
+        groups = self._concerned(self.phase)
+        searches = [tables.make_search() for tables in groups]
+        cuts = [search for search in searches if isinstance(search, GreedyCut)]
+        if len(groups) > 1 and len(cuts) == len(groups):
+            joint = JointCut(groups, cuts)
+            return [(joint, joint.search)]
+        return list(zip(groups, searches, strict=True))
 
     def _search_paths(self, checkpoint: str | Path | None, number: int) -> Sequence[Path | None]:
         if checkpoint is None:

@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Rational, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from embcomp._checkpoint import digest_of, sync
 from embcomp.errors import IncompatibleStateError, InputError, WriteError
 from embcomp.specs import as_int
-from embcomp.tables import EmbeddingTables
 from embcomp.training.batch_norms import recalibrate_, recalibrated
 from embcomp.training.search import Candidate, Search
 
@@ -43,6 +42,24 @@ class SearchResult:
     num_evaluated: int
 
 
+class Searched(Protocol):
+    """What is searched: a group of tables, or several that are searched together; see `embcomp.EmbeddingTables`."""
+
+    built_config: Any
+
+    def show_(self, candidates: Sequence[Candidate]) -> None:
+        """Let lookups show candidates."""
+
+    def hide_(self) -> None:
+        """Show no candidates any more."""
+
+    def candidate_bytes(self, candidate: Candidate) -> int | None:
+        """Serve bytes of a candidate."""
+
+    def adopt_(self, candidate: Candidate) -> None:
+        """Take the form that was chosen."""
+
+
 @dataclass(frozen=True)
 class SearchLoop:
     """How candidates are evaluated; arguments as those of `embcomp.training.Phases.search_`."""
@@ -61,7 +78,7 @@ class SearchLoop:
             if value is None or value < 1:
                 raise InputError(f"search_({name}={getattr(self, name)!r}): must be an integer of at least 1")
 
-    def run(self, tables: EmbeddingTables, search: Search, checkpoint: Path | None = None) -> SearchResult:
+    def run(self, tables: Searched, search: Search, checkpoint: Path | None = None) -> SearchResult:
         """Drive a search to its end, and let the tables adopt what it found."""
         owner = "" if checkpoint is None else _owner(self.model, tables)
         best = None if checkpoint is None or not checkpoint.is_file() else _load(search, checkpoint, owner)
@@ -80,12 +97,12 @@ class SearchLoop:
             recalibrate_(self.model, self.recalibrate)
         return SearchResult(chosen, value, len(search.known))
 
-    def _tell(self, tables: EmbeddingTables, search: Search) -> None:
+    def _tell(self, tables: Searched, search: Search) -> None:
         if self.report is not None:
             [chosen] = search.finalists(1)
             self.report(*search.progress, search.known[chosen], tables.candidate_bytes(chosen))
 
-    def _values(self, tables: EmbeddingTables, candidates: Sequence[Candidate]) -> list[float]:
+    def _values(self, tables: Searched, candidates: Sequence[Candidate]) -> list[float]:
         values: list[float] = []
         size = 1 if self.evaluate_many is None else self.at_once
         for start in range(0, len(candidates), size):
@@ -95,7 +112,7 @@ class SearchLoop:
             values += _checked(found, shown)
         return values
 
-    def _best(self, tables: EmbeddingTables, search: Search) -> tuple[Candidate, float]:
+    def _best(self, tables: Searched, search: Search) -> tuple[Candidate, float]:
         """The best of the finalists by the full evaluation, batch norms recalibrated for each."""
         if self.evaluate_many is None and self.recalibrate is None:
             chosen = search.finalists(1)[0]
@@ -166,7 +183,7 @@ def make_folder(checkpoint: Path) -> None:
         raise InputError(f"search_(checkpoint={str(checkpoint)!r}): its folder can't be made ({error})") from error
 
 
-def _owner(model: nn.Module, tables: EmbeddingTables) -> str:
+def _owner(model: nn.Module, tables: Searched) -> str:
     """Digest of what values of candidates depend on: the parameters, and the config of the tables.
 
     Not of buffers: a search changes them, the statistics of batch norms too.

@@ -198,19 +198,19 @@ def test_one_training_has_a_front_of_all_sizes():
     assert front[0].bytes == sum(spec.full_bytes for spec in SPECS)
     for budget in ("40%", "10%", "70%"):
         tables.cut_(budget)
-        assert 0.8 * tables._cutting.limit < tables.memory().serve_bytes <= tables._cutting.limit
+        assert 0.8 < tables.memory().ratio / (float(budget[:-1]) / 100) <= 1
     with pytest.raises(BudgetError, match="smallest form takes"):
         cut(build(unseen="oov_row")).cut_("1B")
 
 
 def test_a_cut_of_finalized_tables_is_refused_and_changes_nothing():
     final = cut(build("30%")).finalize()
-    widths, config, vectors, limit = final.widths_of("user"), final.config, final(ids()), final._cutting.limit
+    widths, config, vectors = final.widths_of("user"), final.config, final(ids())
     for budget in ("5%", "60%"):
         with pytest.raises(ConfigError, match=r"user, item, flag are finalized.* cut before finalize_"):
             final.cut_(budget)
     assert torch.equal(final.widths_of("user"), widths)
-    assert (final.config, final._cutting.limit) == (config, limit)
+    assert final.config == config
     assert torch.equal(final(ids()), vectors)
 
 
