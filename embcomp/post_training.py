@@ -92,11 +92,11 @@ def _squares(tables: EmbeddingTables, name: str, source: RowSource, counts: Tens
     """Squared errors and squares of a table, summed in float64."""
     error = whole = 0.0
     for rows in source.chunks():
-        wanted = source[rows]
+        wanted = source[rows].double()  # whose squares float32 may not hold
         wrong = tables(ids_of(rows, source.device), name) - wanted
         share = torch.ones(len(wanted)) if counts is None else counts[rows]
-        error += float(wrong.square_().sum(1).double() @ share.double())
-        whole += float(wanted.square().sum(1).double() @ share.double())
+        error += float(wrong.square_().sum(1) @ share.double())
+        whole += float(wanted.square_().sum(1) @ share.double())
     return error, whole
 
 

@@ -17,6 +17,8 @@ from embcomp.row_source import RowSource
 
 LARGEST = 2**63 - 1
 """Of the numbers that int64 holds."""
+LARGEST_WEIGHT = 1e12
+"""Of trained values: strategies add up squares, weighted by counts, in float32."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,10 @@ def _checked_weights(by_name: Mapping[str, TableSpec], weights: Mapping[str, Any
             )
         source = RowSource.of(weight)
         for rows in source.chunks():
-            if not bool(source[rows].isfinite().all()):
-                where = f"rows {rows.start} to {rows.stop - 1}"
-                raise SpecError(f"weights of table {name!r} are not all finite: see {where}")
+            part = source[rows]
+            if not bool((part.abs() <= LARGEST_WEIGHT).all()):
+                what = f"all at most {LARGEST_WEIGHT:g}" if bool(part.isfinite().all()) else "all finite"
+                raise SpecError(f"weights of table {name!r} are not {what}: see rows {rows.start} to {rows.stop - 1}")
         checked[name] = source
     return checked
 

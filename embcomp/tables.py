@@ -465,14 +465,7 @@ class EmbeddingTables(TableHooks):
             )
         ids = ids.long()
         if isinstance(table, Tensor):
-            if table.dtype not in (torch.int64, torch.int32):
-                raise InputError(f"table must be an int64 tensor, not {table.dtype}")
-            if table.device != ids.device:
-                raise InputError(f"table is on {table.device}, ids are on {ids.device}: move one of them")
-            if not _broadcasts_to(table.shape, ids.shape):
-                raise InputError(
-                    f"table of shape {tuple(table.shape)} does not broadcast to ids of shape {tuple(ids.shape)}"
-                )
+            self._check_numbers(table, ids)
             if table.dim() == 0 and ids.dim():
                 table = table.reshape(1)  # compilers take an index of shape () for a number, which they can't know
             return ids, table.long()
@@ -486,6 +479,25 @@ class EmbeddingTables(TableHooks):
                 f"tables {self._some_names()}; say table= for ids of one table"
             )
         return ids, None
+
+    def _check_numbers(self, table: Tensor, ids: Tensor) -> None:
+        """Check which table each id is of; that there is such a one on the CPU alone, as it would stall a GPU."""
+        if table.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"table must be an int64 tensor, not {table.dtype}")
+        if table.device != ids.device:
+            raise InputError(f"table is on {table.device}, ids are on {ids.device}: move one of them")
+        if not _broadcasts_to(table.shape, ids.shape):
+            raise InputError(
+                f"table of shape {tuple(table.shape)} does not broadcast to ids of shape {tuple(ids.shape)}"
+            )
+        has_values = type(table) is Tensor and not torch.compiler.is_compiling()  # in somebody's trace there are none
+        if has_values and table.device.type == "cpu" and table.numel():
+            low, high = torch.aminmax(table)
+            if low < 0 or high >= self.num_tables:
+                raise InputError(
+                    f"table has {int(low if low < 0 else high)}, outside [0, {self.num_tables}); tables: "
+                    f"{self._some_names()}"
+                )
 
     def _bag_rows(
         self, ids: Tensor, table: Tensor | int | str | None, bounds: Tensor, mode: str, weights: Tensor | None

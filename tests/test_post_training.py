@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from embcomp import BudgetError, SpecError, TableSpec, list_strategies, load_tables, make_config, plan
+from embcomp import (
+    BudgetError,
+    IncompatibleStateError,
+    SpecError,
+    TableSpec,
+    list_strategies,
+    load_tables,
+    make_config,
+    plan,
+)
 from embcomp.config import get_strategy
 from embcomp.post_training import compress_tables, relative_error
 from embcomp.row_source import CHUNK_VALUES, RowSource
@@ -211,3 +220,21 @@ def test_4_gib_are_compressed_within_1_gib(tmp_path):
     found = json.loads(run_limited(arguments, 1024 * MEGABYTE, "in all"))
     assert found["float32_bytes"] == 2**32
     assert 0.98 * 2**32 / 100 < found["serve_bytes"] <= 2**32 / 100
+
+
+@pytest.mark.parametrize("name", list_strategies())
+def test_bug_large_values_gave_vectors_that_were_infinite_or_none(name):
+    weights = {"user": torch.randn(300, 8, generator=torch.Generator().manual_seed(0)) * 1e11}
+    budget = {"full": None, "mixed_dim": "100%", "compact": "30%", "quantize": "30%"}.get(name, "80%")
+    groups = compress_tables(weights, name, budget, {"user": torch.full((300,), 10**9)})
+    assert relative_error(groups, weights)[""] < 1.2
+    weights["user"][7, 3] = 1e20
+    with pytest.raises(SpecError, match=r"'user' are not all at most 1e\+12: see rows 0 to 299"):
+        compress_tables(weights, name, budget)
+
+
+@pytest.mark.parametrize("name", ["hash", "magnitude", "nested", "low_rank"])
+def test_bug_float16_rows_were_infinite_without_a_word(name):
+    weights = {"user": torch.randn(300, 8, generator=torch.Generator().manual_seed(0)) * 3e5}
+    with pytest.raises(IncompatibleStateError, match="float16 can't hold values beyond 65504"):
+        compress_tables(weights, make_config(name, rows="float16"), "45%")

@@ -115,6 +115,12 @@ class TestBadLookups:
         with pytest.raises(InputError, match="table"):
             full()(torch.zeros(2, dtype=torch.long), table)
 
+    @pytest.mark.parametrize(("table", "told"), [([0, -1], "table has -1"), ([1, 3], r"table has 3, outside \[0, 3\)")])
+    def test_bug_a_negative_number_in_a_tensor_was_a_table_from_the_end(self, table, told):
+        with pytest.raises(InputError, match=told):
+            full()(torch.zeros(2, dtype=torch.long), torch.tensor(table))
+        assert full()(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)).shape == (0, 3)
+
     def test_wrong_table_name_suggests_the_right_one(self):
         with pytest.raises(InputError, match=r"no table 'usr'.*did you mean 'user'"):
             full()(torch.zeros(2, dtype=torch.long), "usr")

@@ -56,7 +56,10 @@ def compress(given: argparse.Namespace) -> Found:
         EmbcompError: if anything is wrong with what was given; nothing is written then.
     """
     begun = time.perf_counter()
-    config = make_config(given.strategy, **dict(map(_option, given.set)))
+    options = dict(map(_option, given.set))
+    if len(options) < len(given.set):
+        raise ConfigError(f"--set {' '.join(given.set)}: an option is there twice")
+    config = make_config(given.strategy, **options)
     allowed = Budget.parse(given.memory).count
     if allowed is None:
         raise ConfigError(f"--memory {given.memory}: give bytes, such as 8GiB")

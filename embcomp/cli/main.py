@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from embcomp import __version__
 from embcomp.cli import commands, compress, export, sources, weights
@@ -32,11 +34,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"embcomp {given.command}: {error}", file=sys.stderr)
         return 2
     try:
-        print(json.dumps(found, indent=1) if given.json else text(found), flush=True)
+        print(json.dumps(_plain(found), indent=1, allow_nan=False) if given.json else text(found), flush=True)
     except BrokenPipeError:  # the reader, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python flushes what is left at its end
         return 1
     return 0
+
+
+def _plain(found: Any) -> Any:
+    """JSON has no infinite numbers: null in their place."""
+    if isinstance(found, dict):
+        return {key: _plain(value) for key, value in found.items()}
+    if isinstance(found, list | tuple):
+        return [_plain(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 _Answer = tuple[commands.Found, Callable[[commands.Found], str]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,11 @@ def _of_checkpoint(folder: Path, dim: int | None) -> list[TableSpec]:
 
 
 def _of_json(path: Path, dim: int | None) -> list[TableSpec]:
-    return _of_mapping(json.loads(path.read_text(encoding="utf-8")), path, dim)
+    def whole(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _check_keys([key for key, _ in pairs], path)
+        return dict(pairs)
+
+    return _of_mapping(json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=whole), path, dim)
 
 
 def _of_yaml(path: Path, dim: int | None) -> list[TableSpec]:
@@ -76,19 +81,37 @@ def _of_yaml(path: Path, dim: int | None) -> list[TableSpec]:
         yaml = importlib.import_module("yaml")
     except ImportError as error:
         raise MissingDependencyError(f"{path}: to read YAML, pip install pyyaml; or write it as JSON") from error
+
+    class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            _check_keys([key.value for key, _ in node.value if isinstance(key.value, str)], path)
+            return super().construct_mapping(node, deep)
+
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except yaml.YAMLError as error:
         raise SpecError(f"{path} is no YAML: {error}") from error
     return _of_mapping(content, path, dim)
 
 
+def _check_keys(keys: Sequence[str], path: Path) -> None:
+    if len(set(keys)) < len(keys):
+        twice = next(key for key, number in Counter(keys).items() if number > 1)
+        raise SpecError(f"{path}: {twice!r} is there twice in one mapping: leave one of them out")
+
+
 def _of_mapping(content: Any, path: Path, dim: int | None) -> list[TableSpec]:
-    if isinstance(content, dict) and isinstance(content.get("tables"), dict):
-        dim = _first(content, _DIM, dim)
-        content = content["tables"]
     if not isinstance(content, dict):
         raise SpecError(f"{path} must be a mapping of tables, not a {type(content).__name__}; tables come from {HELP}")
+    of_all = [name for name in _DIM if isinstance(content.get(name), int | float | str)]
+    if of_all or isinstance(content.get("tables"), dict):
+        strange = [str(key) for key in content if key not in ("tables", *of_all)]
+        if strange or not isinstance(content.get("tables"), dict):
+            raise SpecError(
+                f"{path}: beside 'tables', a mapping of them, there is the dimension of all and nothing else; found "
+                f"{', '.join(map(str, content))}; tables come from {HELP}"
+            )
+        dim, content = _first(content, _DIM, dim), content["tables"]
     return [_spec(str(name), value, dim, path) for name, value in content.items()]
 
 
@@ -135,14 +158,23 @@ def _of_columns(path: Path, dim: int | None) -> list[TableSpec]:
         specs = []
         for row in rows:
             name, own = str(_first(row, _NAME)), _first(row, _DIM) or dim
-            specs.append(TableSpec(name, int(_first(row, _SIZE)), _dim(own, name, path)))
+            specs.append(TableSpec(name, _int(_first(row, _SIZE), "size", name, path), _dim(own, name, path)))
         return specs
 
 
 def _dim(dim: Any, name: str, path: Path) -> int:
     if dim is None:
         raise SpecError(f"{path} does not say the dimension of table {name!r}: give --dim, or write it there")
-    return int(dim)
+    return _int(dim, "dimension", name, path)
+
+
+def _int(value: Any, what: str, name: str, path: Path) -> int:
+    try:
+        if isinstance(value, int | str) and not isinstance(value, bool):
+            return int(value)
+    except ValueError:
+        pass
+    raise SpecError(f"{path}: the {what} of table {name!r} is {value!r}, and must be a whole number")
 
 
 def _first(values: Mapping[str, Any], names: tuple[str, ...], default: Any = None) -> Any:

@@ -194,6 +194,8 @@ class ManagedCollisionTables(nn.Module):
         if table is None and ids.dim() and ids.shape[-1] == number:
             table = torch.arange(number, device=ids.device)
         if isinstance(table, Tensor):
+            if table.dtype != torch.int64 or bool(((table < 0) | (table >= number)).any()):
+                raise InputError(f"table must be int64 in [0, {number}); tables: {', '.join(self.names)}")
             return torch.broadcast_to(table, ids.shape)
         if isinstance(table, int) and 0 <= table < number:
             return torch.full_like(ids, table)

@@ -144,10 +144,13 @@ def checked(features: KeyedJaggedTensor, wanted: Sequence[str], weighted: bool) 
         weighted: whether it needs weights.
 
     Raises:
-        InputError: if a feature or the weights are missing, a feature is there twice, or numbers of lengths, values and
-            weights do not go together.
+        InputError: if it is none, a feature or the weights are missing, a feature is there twice, or numbers of
+            lengths, offsets, values and weights do not go together. What lengths add up to is looked at on the CPU,
+            and in graphs, where it is a ``RuntimeError``.
     """
     kjt: KeyedJaggedTensor = maybe_td_to_kjt(features, None)
+    if not isinstance(kjt, KeyedJaggedTensor):
+        raise InputError(f"the collection looks up a KeyedJaggedTensor, not a {type(kjt).__name__}")
     known = kjt.keys()
     if missing := [name for name in wanted if name not in known]:
         raise InputError(
@@ -166,17 +169,40 @@ def checked(features: KeyedJaggedTensor, wanted: Sequence[str], weighted: bool) 
         )
     if len(set(known)) < len(known):
         raise InputError(f"the KeyedJaggedTensor has a feature twice: {', '.join(map(repr, known))}")
-    if not kjt.variable_stride_per_key() and kjt.lengths().numel() % len(known):
+    _check_lengths(kjt)
+    return kjt
+
+
+def _check_lengths(kjt: KeyedJaggedTensor) -> None:
+    """Check lengths and offsets: FBGEMM and torch read and write beyond the ends of tensors where they are wrong."""
+    given, offsets = kjt.lengths_or_none(), kjt.offsets_or_none()
+    lengths, number, keys = kjt.lengths(), kjt.values().numel(), len(kjt.keys())
+    if kjt.variable_stride_per_key():
+        strides, wanted = kjt.stride_per_key(), sum(kjt.stride_per_key())
+        if wanted != lengths.numel():
+            raise InputError(
+                f"the KeyedJaggedTensor has {lengths.numel()} lengths, and strides {strides} that add up to {wanted}"
+            )
+    elif lengths.numel() % keys:
         raise InputError(
-            f"the KeyedJaggedTensor has {kjt.lengths().numel()} lengths for {len(known)} features: give as many of each"
+            f"the KeyedJaggedTensor has {lengths.numel()} lengths for {keys} features: give as many of each"
         )
-    if not torch.compiler.is_compiling() and kjt.values().device.type == "cpu":
-        total = int(kjt.lengths().sum())
+    if torch.compiler.is_compiling():
+        is_right = (lengths >= 0).all() & (lengths.sum() == number)
+        torch._assert_async(is_right, "lengths of a KeyedJaggedTensor must not be negative, and add up to its values")
+    elif kjt.values().device.type == "cpu":
+        total = int(lengths.sum())
         if total != number:
             raise InputError(f"the KeyedJaggedTensor has {number} values, and lengths that add up to {total}")
-        if kjt.lengths().numel() and int(kjt.lengths().min()) < 0:
+        if lengths.numel() and int(lengths.min()) < 0:
             raise InputError("the KeyedJaggedTensor has a negative length")
-    return kjt
+        if given is not None and offsets is not None and not _bounds(offsets, given):
+            raise InputError("the KeyedJaggedTensor has lengths and offsets that do not go together: give one of them")
+
+
+def _bounds(offsets: Tensor, lengths: Tensor) -> bool:
+    """Whether offsets are those of lengths."""
+    return offsets.numel() == lengths.numel() + 1 and not bool(offsets[0]) and bool((offsets.diff() == lengths).all())
 
 
 class CompressedEmbeddingBagCollection(_Compressed, EmbeddingBagCollectionInterface):

@@ -8,8 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from embcomp.errors import IncompatibleStateError
 from embcomp.storage.base import MatrixRows, RowStore, Segment
 from embcomp.storage.grids import round_through
+
+_CHECKED = 1 << 14
+"""Rows, or values, that are looked at together."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -90,4 +94,19 @@ class DenseRows(MatrixRows):
         served.serve_dtype, served.sparse, served.rounding = self.serve_dtype, False, True
         rows = self.weight.detach() if self.lent is None else self.master().gathered(self.serve_dtype)
         served.weight = nn.Parameter(rows.to(self.serve_dtype), requires_grad=False)
+        if not rows.is_meta:
+            check_float16(served.weight)
         return served
+
+
+def check_float16(values: Tensor) -> None:
+    """Refuse float16 values that are not finite, since float16 can't hold what they were before.
+
+    Raises:
+        IncompatibleStateError: which says how far float16 goes.
+    """
+    if values.dtype == torch.float16 and not all(bool(part.isfinite().all()) for part in values.split(_CHECKED)):
+        raise IncompatibleStateError(
+            f"float16 can't hold values beyond {torch.finfo(values.dtype).max:.0f}, which some of these "
+            f"{len(values):,} have: take bfloat16, float32 or integer rows; or did training diverge?"
+        )

@@ -12,7 +12,7 @@ from embcomp.errors import ConfigError
 from embcomp.row_source import RowSource, chunks, ids_of
 from embcomp.storage import bitmap, grids, packing
 from embcomp.storage.base import RowStore, Segment
-from embcomp.storage.dense import DTYPES, DenseRows
+from embcomp.storage.dense import DTYPES, DenseRows, check_float16
 from embcomp.storage.formats import RowFormat
 from embcomp.storage.packed import PackedRows, row_scale_dtype
 from embcomp.storage.sparse_sizes import column_dtype, num_row_scales, share_out, sparse_bytes
@@ -178,6 +178,7 @@ class SparseRows(RowStore):
 
         Raises:
             ConfigError: if there are not as many kept values, or more rows with values, than there is room for.
+            IncompatibleStateError: if the format can't hold the values.
         """
         if not isinstance(served, DenseRows | PackedRows | RowSource):
             raise TypeError(f"{type(served).__name__} is no serving form that values can be taken from")
@@ -202,6 +203,8 @@ class SparseRows(RowStore):
             raise ConfigError(f"sparse rows have room for {self.num_values} values, but {filled} are kept")
         if packed:
             self.codes.copy_(packing.pack(stream, self.row_format.bits))
+        else:
+            check_float16(stream)
         slots = self._take_index(per_row)
         if isinstance(served, PackedRows):
             self._take_scales(served, slots)

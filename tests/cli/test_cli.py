@@ -233,6 +233,20 @@ def test_strategies_lists_what_each_can(capsys):
         ("t.xls", "", "not known"),
         ("t.json", "{}", "no table"),
         ("t.json", '{"user": {"size": 5000, "dimm": 8}}', "did you mean 'dim'"),
+        ("t.json", '{"user": 5000, "user": 50}', "'user' is there twice"),
+        ("t.yaml", "dim: 16\ntables: {user: 5000, user: 50}\n", "'user' is there twice"),
+        (
+            "t.yaml",
+            "dim: 16.7\ntables: {user: 50}\n",
+            "the dimension of table 'user' is 16.7, and must be a whole number",
+        ),
+        ("t.yaml", "dim: wide\ntables: {user: 50}\n", "the dimension of table 'user' is 'wide'"),
+        ("t.yaml", "dim: 16\ntables: {user: {size: 50, dim: true}}\n", "the dimension of table 'user' is True"),
+        ("t.csv", "name,size,dim\nuser,x,4\n", "the size of table 'user' is 'x'"),
+        ("t.csv", "name,size,dim\nuser\n", "the size of table 'user' is None"),
+        ("t.json", '{"dim": 16, "user": 5000}', "beside 'tables', a mapping of them, there is the dimension"),
+        ("t.json", '{"tables": {"user": 5000}, "item": 50}', "nothing else; found tables, item"),
+        ("t.yaml", "dim: 16\ntables: [user, item]\n", "found dim, tables"),
     ],
 )
 def test_wrong_sources_are_errors_that_say_what_would_be_right(tmp_path, capsys, name, content, message):

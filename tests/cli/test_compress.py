@@ -135,6 +135,7 @@ def test_an_older_checkpoint_is_replaced_whole(tmp_path, file, run):
         (("--budget", "10%", "--set", "rows"), "write OPTION=VALUE"),
         (("--strategy", "hash", "--budget", "10%", "--set", "num_hashs=2"), "did you mean 'num_hashes'"),
         (("--strategy", "hash", "--budget", "10%", "--set", "seed=x"), "must be int, not str"),
+        (("--strategy", "hash", "--budget", "10%", "--set", "seed=3", "seed=4"), "an option is there twice"),
         (("--strategy", "nested", "--budget", "10%", "--memory", "1kB"), "needs all rows at once"),
         (("--budget", "10%", "--memory", "10%"), "give bytes, such as 8GiB"),
         (("--budget", "10%", "--table", "tables.usr"), "did you mean 'tables.user.weight'"),
@@ -241,3 +242,13 @@ def test_bug_a_full_disk_is_an_error_that_names_the_output(tmp_path, file, run, 
     assert code == 2
     assert f"{tmp_path / 'out'} can't be written" in error
     assert not any((tmp_path / "out").iterdir())
+
+
+def test_bug_an_error_that_is_infinite_was_no_json(tmp_path, run):
+    save_file({"zeros": torch.zeros(200, 8), "others": torch.randn(200, 8)}, tmp_path / "t.safetensors")
+    code, text, _ = run(tmp_path / "t.safetensors", "--strategy", "unified", "--budget", "30%", "--json")
+    found = json.loads(text, parse_constant=pytest.fail)
+    assert code == 0
+    errors = {row["table"]: row["relative_error"] for row in found["tables"]}
+    assert errors["zeros"] is None
+    assert 0 < errors["others"] < 1

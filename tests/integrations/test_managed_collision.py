@@ -64,7 +64,8 @@ def test_rows_begin_as_ours_and_lookups_take_all_forms_of_tables():
     assert torch.equal(theirs(ids[:, 1], "item"), ours(ids)[:, 1])
     assert torch.equal(theirs(ids.T, torch.tensor([[0], [1]])), ours(ids).transpose(0, 1))
     assert torch.equal(theirs(ids[0, 0], 0), ours(ids)[0, 0])
-    for bad, table in ((ids.float(), None), (ids[:, :1], None), (ids, "usr"), (ids, 7)):
+    wrong = [torch.tensor(table) for table in ([0, 7], [-1, 0], [0.0, 1.0])]  # the first two gave vectors of others
+    for bad, table in ((ids.float(), None), (ids[:, :1], None), (ids, "usr"), (ids, 7), *((ids, own) for own in wrong)):
         with pytest.raises(InputError):
             theirs(bad, table)
 

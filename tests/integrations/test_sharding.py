@@ -173,6 +173,15 @@ def test_numbers_of_processes_that_do_not_go_together(world_size, local):
         sharding.plan_sharding(model_of("hash", 6), world_size, local_world_size=local)
 
 
+@pytest.mark.parametrize(
+    ("world_size", "device", "message"),
+    [(2.5, "cpu", "world_size=2.5: give"), ("2", "cpu", "world_size='2': give"), (2, "tpu", "device='tpu'.*cpu, cuda")],
+)
+def test_processes_that_are_no_number_and_devices_that_are_not_known(world_size, device, message):
+    with pytest.raises(ConfigError, match=message):
+        sharding.plan_sharding(model_of("hash", 6), world_size, device=device)
+
+
 @pytest.mark.parametrize(("world_size", "told", "wanted"), [(4, "2", 2), (4, "8", 4), (6, "4", 2), (3, None, 3)])
 def test_processes_on_a_machine_are_what_torchrun_says_or_divide_the_group(monkeypatch, world_size, told, wanted):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)

@@ -237,6 +237,44 @@ def test_lengths_that_are_no_lengths_and_features_that_come_twice_are_refused():
         new(KeyedJaggedTensor(list("abca"), ids, lengths=torch.tensor([1, 1, 1, 1])))
 
 
+@pytest.mark.parametrize("name", ["bags", "sequences"])
+def test_bug_lengths_that_contradict_offsets_or_strides_are_refused(name):
+    new, ids = compressed(MODELS[name]()), torch.ones(3, dtype=torch.int64)
+    both = KeyedJaggedTensor(list("abc"), ids, lengths=torch.ones(3).long(), offsets=torch.tensor([0, 2, 3, 3]))
+    with pytest.raises(
+        InputError, match="lengths and offsets that do not go together"
+    ):  # bags were read by the offsets
+        new(both)
+    few = KeyedJaggedTensor(list("abc"), ids, lengths=torch.ones(3).long(), stride_per_key_per_rank=[[1], [1], [2]])
+    with pytest.raises(InputError, match=r"3 lengths, and strides \[1, 1, 2\] that add up to 4"):  # read beyond the end
+        new(few)
+    for dtype in (torch.int32, torch.int64):
+        right = KeyedJaggedTensor(list("abc"), ids, lengths=torch.ones(3).to(dtype), offsets=torch.arange(4))
+        assert_same(new(right), new(KeyedJaggedTensor(list("abc"), ids, offsets=torch.arange(4))))
+
+
+@pytest.mark.parametrize("given", [None, torch.ones(3), {"a": torch.ones(3)}])
+def test_what_is_no_keyed_jagged_tensor_is_named(given):
+    with pytest.raises(InputError, match=f"a KeyedJaggedTensor, not a {type(given).__name__}"):
+        compressed(bags())(given)
+
+
+@pytest.mark.parametrize("name", ["bags", "weighted bags", "sequences"])
+def test_bug_graphs_wrote_beyond_the_end_where_lengths_were_negative(name, tmp_path):
+    def given(*lengths):
+        return KeyedJaggedTensor(list("abc"), torch.ones(3).long(), torch.ones(3), lengths=torch.tensor(lengths))
+
+    model = Net(MODELS[name](), 16 if name == "sequences" else 18)
+    handle = embcomp.compress_(model, "full", verbose=False).finalize_()
+    example = (torch.zeros(2, 2), given(1, 0, 1, 1, 0, 0))
+    path = export_pt2(handle, tmp_path / "t.pt2", example=example).path
+    for run in (torch.export.load(path).module(), torch.compile(model.eval(), backend="eager")):
+        run(torch.zeros(2, 2), given(1, 0, 1, 1, 0, 0))
+        for lengths in ((4, 0, -1, 0, 0, 0), (1, 0, 1, 0, 0, 0), (1, 1, 1, 1, 0, 0)):
+            with pytest.raises(RuntimeError, match="must not be negative, and add up to its values"):
+                run(torch.zeros(2, 2), given(*lengths))
+
+
 def test_weights_must_be_there():
     with pytest.raises(InputError, match="no weights"):
         compressed(bags(True, poolings=("SUM",) * 3))(batch())

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from embcomp import IncompatibleStateError
 from embcomp.storage import DenseRows, make_row_store, stored_bytes
 from embcomp.storage.dense import DTYPES
 
@@ -31,7 +32,7 @@ def test_looks_rows_up_in_float32_rounded_as_they_are_served(rows):
 
 
 @HALF
-@pytest.mark.parametrize("size", [1e-30, 1e-8, 6e-5, 1.0, 3.14159, 6e4])
+@pytest.mark.parametrize("size", [1e-30, 1e-8, 6e-5, 1.0, 3.14159, 2e4])
 def test_rounding_is_exact_at_every_size(rows, size):
     """Value + (rounded - value) is the rounded value, to the bit."""
     store = make(rows)
@@ -134,3 +135,17 @@ def test_shape_of_segments():
     assert store.starts() == [0, 5]
     assert (store.num_rows, store.segments) == (8, (5, 3))
     assert "rows=8, dim=4, segments=2, serve_bytes=128" in repr(store)
+
+
+@pytest.mark.parametrize("rows", ["float16", "float16:pure"])
+def test_bug_values_that_float16_can_not_hold_became_infinite_where_they_serve(rows):
+    store = make_row_store(rows, [5, 40_000], 4)
+    store.reset_parameters([1.0, 1.0])
+    with torch.no_grad():
+        store.weight[40_001, 2] = -65_504
+    assert store.finalize().weight.isfinite().all()
+    with torch.no_grad():
+        store.weight[40_001, 2] = -70_000
+    with pytest.raises(IncompatibleStateError, match=r"float16 can't hold values beyond 65504.*bfloat16"):
+        store.finalize()
+    assert make_row_store("bfloat16", [1], 4).finalize().weight.dtype == torch.bfloat16

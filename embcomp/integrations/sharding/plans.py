@@ -26,6 +26,7 @@ from embcomp.errors import ConfigError, did_you_mean
 from embcomp.integrations.sharding.rows import ALIGNMENT, ShardableRows, check_shardable, stored_tables, stores_of
 from embcomp.memory import format_bytes
 from embcomp.sites import find_groups
+from embcomp.specs import as_int
 from embcomp.swap import groups_of
 
 SHARDINGS = tuple(EmbeddingCollectionSharder().sharding_types("cpu"))
@@ -33,6 +34,7 @@ SHARDINGS = tuple(EmbeddingCollectionSharder().sharding_types("cpu"))
 REPLICATED, ROW_WISE = ShardingType.DATA_PARALLEL.value, ShardingType.ROW_WISE.value
 _CHOSEN = (ShardingType.TABLE_WISE.value, ROW_WISE)
 """Ways that the planner chooses among: with them losses are those of one process, whatever the optimizer."""
+_DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,10 @@ def plan_sharding(
         ConfigError: as `shardable_`, for an unknown way of sharding or name of a table, for numbers of processes that
             do not go together, and if the planner finds no place for a table.
     """
+    if as_int(world_size) is None:
+        raise ConfigError(f"world_size={world_size!r}: give the number of processes, an int of at least one")
+    if device not in _DEVICES:
+        raise ConfigError(f"device={device!r}; {did_you_mean(device, _DEVICES)}")
     local_world_size = local_processes(world_size) if local_world_size is None else local_world_size
     _check_processes(world_size, local_world_size)
     for tables in groups_of(model):
