@@ -75,7 +75,7 @@ class IdMap(nn.Module):
 
     def _search(self, ids: Tensor, table: Tensor | int | None) -> tuple[Tensor, Tensor]:
         """Whether ids are resident, and how many residents of their table are smaller."""
-        if isinstance(table, int):
+        if isinstance(table, int) and not torch.compiler.is_exporting():  # ONNX has no such search
             own = self.ids[self.starts[table] : self.starts[table] + self.num_slots[table]]
             smaller = torch.searchsorted(own, ids.contiguous())
         else:

@@ -22,6 +22,9 @@ def multiply_by_table(vectors: Tensor, matrices: Tensor, table: Tensor | int | N
     if isinstance(table, int):
         return vectors @ matrices[table].to(vectors.dtype)
     matrices = matrices.to(vectors.dtype)
+    if table is None and torch.compiler.is_exporting():  # where einsum asks whether the batch is of one
+        columns = [column @ matrix for column, matrix in zip(vectors.unbind(-2), matrices.unbind(), strict=True)]
+        return torch.stack(columns, dim=-2)
     if table is None:
         return torch.einsum("...d,...dk->...k", vectors, matrices)
     return (multiply_ordered if is_eager(table) else multiply_masked)(vectors, matrices, table)

@@ -127,6 +127,19 @@ def test_files_take_little_more_than_the_tables(tmp_path):
         assert exported.file_bytes == (tmp_path / "t.onnx").stat().st_size
 
 
+@pytest.mark.parametrize("name", ["dynamic", "low_rank", "nested", "reduced_dim"])
+@pytest.mark.parametrize("table", [None, "t1"])
+def test_bug_lookups_that_were_refused(name, table, tmp_path):
+    """`dynamic` searched in a way that ONNX has not, the others fixed that a batch is not of one."""
+    specs = [embcomp.TableSpec(f"t{n}", 600 // (n + 1), 16) for n in range(5)]
+    tables = embcomp.build_tables(specs, embcomp.make_config(name, unseen="hash"), "60%").finalize_()
+    run = running(export_onnx(tables, tmp_path / "t.onnx", table=table).path)
+    ids = torch.randint(-50, 900, (7, 5), generator=torch.Generator().manual_seed(0))
+    for batch in (ids, ids[:1]):
+        batch = batch if table is None else batch[:, 1]
+        torch.testing.assert_close(run(batch)[0], tables(batch, table), rtol=0, atol=2e-6)
+
+
 def test_lookups_of_one_table_and_bags(tmp_path):
     tables = build("hash", dim=8, unseen="hash").finalize()
     told = export_onnx(tables, tmp_path / "t.onnx", table="item")
