@@ -133,14 +133,14 @@ class TableHooks(nn.Module):
         raise NotImplementedError
 
     def adopt_cut_(self, front: Sequence[FrontPoint], place: int, limit: int | None) -> None:
-        """Take the form that a cut of several groups has come to; for strategies that search by `GreedyCut`.
+        """Take the form that a cut of several groups has come to; strategies may keep the front, and give steps back.
 
         Args:
             front: this group's form at each step of any group, with the value of all of them together.
             place: which of them.
             limit: bytes that this group may take, so that some of the last steps can be given back; None for any.
         """
-        raise NotImplementedError
+        self.adopt_(front[place].candidate)
 
     def pareto(self) -> list[FrontPoint]:
         """Forms of falling size that one training has led to, with bytes and validation values, the largest first.

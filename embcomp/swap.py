@@ -22,9 +22,8 @@ from embcomp.sites import Fields, Filter, Patterns, Site, attach, choose, find_g
 from embcomp.specs import TableSpec
 from embcomp.tables import EmbeddingTables
 from embcomp.training.batch_norms import recalibrate_
-from embcomp.training.joint_cut import adopt_cuts_, joint_front
+from embcomp.training.joint_cut import cut_groups_, joint_front
 from embcomp.training.reassigned import step_tables_
-from embcomp.training.search import place_within
 
 if TYPE_CHECKING:
     from embcomp.training.search import FrontPoint
@@ -116,14 +115,7 @@ class Compression:
             ConfigError: as `pareto`, and if the tables are finalized.
             BudgetError: if the budget can't be read, or the smallest form takes more.
         """
-        if any(tables.is_final for tables in self.tables):
-            raise ConfigError(
-                f"cut_({budget!r}): the tables are finalized, and have lost what was cut; cut before finalize_, or cut "
-                "the training form and finalize that"
-            )
-        limit = Budget.parse(budget).bytes(self.memory().full_bytes)
-        place = place_within(self.pareto(), limit, budget)
-        adopt_cuts_(self.tables, [tables.pareto() for tables in self.tables], place, limit)
+        cut_groups_(self.tables, budget)
         if recalibrate is not None:
             recalibrate_(self.model, recalibrate)
         return self

@@ -465,7 +465,7 @@ def test_groups_are_cut_together_and_keep_their_fronts_in_files(tmp_path):
             own.cut_("50%")
         assert loaded.pareto() == front
         assert loaded.cut_("20%").finalize_().memory().ratio <= 0.2
-        with pytest.raises(ConfigError, match="the tables are finalized"):
+        with pytest.raises(ConfigError, match="are finalized, and have lost what was cut"):
             loaded.cut_("10%")
 
 

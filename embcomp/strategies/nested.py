@@ -39,7 +39,8 @@ from embcomp.strategies._layouts import (
 )
 from embcomp.tables import EmbeddingTables
 from embcomp.training.greedy import GreedyCut
-from embcomp.training.search import Candidate, FrontPoint, Search, place_within
+from embcomp.training.joint_cut import cut_groups_
+from embcomp.training.search import Candidate, FrontPoint, Search
 
 logger = logging.getLogger(__name__)
 
@@ -279,13 +280,7 @@ class NestedTables(CutTables):
         self._front = [FrontPoint(candidate, self._bytes_of(candidate), value) for candidate, value in front]
 
     def cut_(self, budget: str | float | Budget) -> None:
-        if self.is_final:
-            raise ConfigError(
-                f"cut_({budget!r}): tables {', '.join(self.names)} are finalized, and have lost what was cut; "
-                "cut before finalize_, or cut the training form and finalize that"
-            )
-        limit = Budget.parse(budget).bytes(sum(spec.full_bytes for spec in self.specs))
-        self.adopt_cut_(self._front, place_within(self.pareto(), limit, budget), limit)
+        cut_groups_([self], budget)
 
     # ---- the form that is served ------------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
-from embcomp.errors import ConfigError
+from embcomp.budget import Budget
+from embcomp.errors import BudgetError, ConfigError
 from embcomp.tables import EmbeddingTables
 from embcomp.training.greedy import GreedyCut
 from embcomp.training.search import Candidate, FrontPoint
@@ -53,10 +54,22 @@ class JointCut:
             [FrontPoint(point.candidate[own], cost(point.candidate[own]), point.value) for point in self.search.front()]
             for cost, own in zip(self._costs, self._own, strict=True)
         ]
-        adopt_cuts_(self.groups, fronts, self.search.path.index(candidate), self.search.limit)
+        _adopt_cuts_(self.groups, fronts, self.search.path.index(candidate), self.search.limit)
 
 
-def adopt_cuts_(
+def cut_groups_(groups: Sequence[EmbeddingTables], budget: str | float | Budget) -> None:
+    """Go to another budget on the front of groups; see `embcomp.Compression.cut_`."""
+    if final := [name for tables in groups if tables.is_final for name in tables.names]:
+        raise ConfigError(
+            f"cut_({budget!r}): tables {', '.join(final)} are finalized, and have lost what was cut; "
+            "cut before finalize_, or cut the training form and finalize that"
+        )
+    fronts = [tables.pareto() for tables in groups]
+    limit = Budget.parse(budget).bytes(sum(spec.full_bytes for tables in groups for spec in tables.specs))
+    _adopt_cuts_(groups, fronts, _place_within(joint_front(fronts), limit, budget), limit)
+
+
+def _adopt_cuts_(
     groups: Sequence[EmbeddingTables], fronts: Sequence[Sequence[FrontPoint]], place: int, limit: int | None
 ) -> None:
     """Let groups take their forms at a place of their fronts; what the limit leaves goes to those cut last."""
@@ -93,3 +106,16 @@ def joint_front(fronts: Sequence[Sequence[FrontPoint]]) -> list[FrontPoint]:
         )
         for points in zip(*fronts, strict=True)
     ]
+
+
+def _place_within(front: Sequence[FrontPoint], limit: int, budget: str | float | Budget) -> int:
+    """The first place of a front that takes at most ``limit`` bytes.
+
+    Raises:
+        BudgetError: if none does.
+    """
+    found = next((place for place, point in enumerate(front) if point.bytes <= limit), None)
+    if found is None:
+        smallest = front[-1].bytes
+        raise BudgetError(f"the smallest form takes {smallest} B, budget {budget} is {limit} B", smallest)
+    return found

@@ -6,9 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from embcomp.budget import Budget
-from embcomp.errors import BudgetError
-
 Candidate = tuple[int, ...]
 """A form that tables may take: one int per gene, such as the width of each field."""
 
@@ -25,19 +22,6 @@ class FrontPoint(NamedTuple):
     candidate: Candidate
     bytes: int
     value: float
-
-
-def place_within(front: Sequence[FrontPoint], limit: int, budget: str | float | Budget) -> int:
-    """The first place of a front that takes at most ``limit`` bytes.
-
-    Raises:
-        BudgetError: if none does.
-    """
-    found = next((place for place, point in enumerate(front) if point.bytes <= limit), None)
-    if found is None:
-        smallest = front[-1].bytes
-        raise BudgetError(f"the smallest form takes {smallest} B, budget {budget} is {limit} B", smallest)
-    return found
 
 
 class Search(ABC):

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from embcomp import TableSpec, build_tables, make_config
-from embcomp.training import Phases
+from embcomp.strategies.full import FullConfig, FullTables
+from embcomp.training import Phase, Phases
+from embcomp.training.greedy import GreedyCut
 
 SIZES, COUNTS = {"user": 90, "item": 40, "flag": 20}, torch.arange(100, 0, -1)
 WEIGHTS = {name: torch.randn(size, 8, generator=torch.Generator().manual_seed(size)) for name, size in SIZES.items()}
@@ -90,3 +92,29 @@ def test_a_search_that_is_broken_off_goes_on_from_its_file(tmp_path):
     assert result == wanted
     assert steps(model.groups) == steps(whole)
     assert not list(tmp_path.iterdir())
+
+
+class Cut(FullTables):
+    """Tables that keep no front, and remember what they adopted."""
+
+    def phases(self):
+        return (Phase("cut", kind="search"),)
+
+    def make_search(self):
+        return GreedyCut([(8, 4, 0)], lambda candidate: 10 * candidate[0], 40)
+
+    def show_(self, candidates):
+        self.adopt_(candidates[0])
+
+    def adopt_(self, candidate):
+        self.adopted = candidate
+
+
+def test_groups_that_keep_no_front_adopt_what_they_are_given():
+    model = nn.ModuleList(Cut([TableSpec(name, 5, 8)], FullConfig()) for name in ("user", "item"))
+    phases = Phases(model)
+    phases.enter_(phases.phases[0])
+    result = phases.search_(lambda: float(model[0].adopted[0] + 3 * model[1].adopted[0]))
+    phases.leave_(phases.phases[0])
+    assert result.candidate == (0, 8)
+    assert [tables.adopted for tables in model] == [(0,), (8,)]
