@@ -392,10 +392,12 @@ class EmbeddingTables(TableHooks):
 
     def finalize_(self) -> EmbeddingTables:
         """Turn into the serving form, in place: smallest bytes, no gradients, the same vectors as evaluation."""
-        for module in list(self.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, RowStore):
-                    setattr(module, name, child.finalize())
+        modules = list(self.modules())
+        stores = [(module, *named) for module in modules for named in module.named_children()]
+        served = [(*place, child.finalize()) for *place, child in stores if isinstance(child, RowStore)]
+        for module, name, store in served:  # none before all are made: one that can't be leaves the training form whole
+            setattr(module, name, store)
+        for module in modules:
             if isinstance(module, EmbeddingTables):
                 module.is_final = True
         self.requires_grad_(False)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from embcomp import (
+    CompositionalConfig,
     ConfigError,
     FullConfig,
     IncompatibleStateError,
@@ -261,3 +262,19 @@ def test_materialize_is_differentiable_and_goes_chunk_by_chunk(monkeypatch):
 
 def test_unknown_constants_never_reach_a_file():
     assert list(full().state_dict()) == ["rows.weight"]
+
+
+def test_bug_rows_that_cannot_be_served_leave_the_training_form_whole():
+    """One store of several was in its serving form by then, and could neither be trained nor finalized again."""
+    tables = build_tables([TableSpec("item", 500, 8)], CompositionalConfig(rows="int8"), "10%")
+    ids, column = torch.arange(500), torch.zeros(500, dtype=torch.int64)
+    second, before = tables.rows_1.weight.data, tables(ids, column).detach()
+    kept, trained = second[0].clone(), [name for name, _ in tables.named_parameters()]
+    second[0] = float("nan")
+    with pytest.raises(IncompatibleStateError, match="finite"):
+        tables.finalize_()
+    assert not tables.is_final
+    second[0] = kept
+    assert torch.equal(tables(ids, column), before)
+    assert [name for name, own in tables.named_parameters() if own.requires_grad] == trained
+    assert tables.finalize_().is_final

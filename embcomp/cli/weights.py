@@ -26,6 +26,7 @@ RULE = (
     "if there are some, else all, if the file has nothing but float matrices. '*' takes every float matrix"
 )
 _TORCHREC = re.compile(r"(?:.*\.)?(?:embedding_bags|embeddings)\.[^.]+\.weight")
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 _NESTED = ("state_dict", "model_state_dict")
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, SafetensorError, UnpicklingError)
 _Watch = Callable[[int], None]
@@ -206,7 +207,15 @@ def _open_safetensors(path: Path) -> dict[str, _Found]:
 
 
 def _open_torch(path: Path) -> dict[str, _Found]:
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError as error:  # torch's own text says how to load it all the same
+        found = _GLOBAL.search(str(error))
+        what = f"it holds {found[1]}, which is no tensor" if found else "it is no file of tensors"
+        raise SpecError(
+            f"{path} can't be read: {what}, and embcomp unpickles nothing but tensors. Where it was made, write "
+            "the tables alone: torch.save(model.state_dict(), path), or safetensors.torch.save_file"
+        ) from error
     if isinstance(state, Tensor):
         return {path.stem: _of_tensor(state)}
     if not isinstance(state, Mapping):

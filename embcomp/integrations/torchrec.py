@@ -176,6 +176,8 @@ def checked(features: KeyedJaggedTensor, wanted: Sequence[str], weighted: bool) 
 def _check_lengths(kjt: KeyedJaggedTensor) -> None:
     """Check lengths and offsets: FBGEMM and torch read and write beyond the ends of tensors where they are wrong."""
     given, offsets = kjt.lengths_or_none(), kjt.offsets_or_none()
+    if given is None and offsets is None:
+        raise InputError("the KeyedJaggedTensor has neither lengths nor offsets: give one of them")
     lengths, number, keys = kjt.lengths(), kjt.values().numel(), len(kjt.keys())
     if kjt.variable_stride_per_key():
         strides, wanted = kjt.stride_per_key(), sum(kjt.stride_per_key())

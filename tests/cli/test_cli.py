@@ -260,8 +260,10 @@ def test_wrong_sources_are_errors_that_say_what_would_be_right(tmp_path, capsys,
 
 def test_code_in_a_pickle_is_not_run(tmp_path):
     torch.save({"a": print}, tmp_path / "w.pt")
-    with pytest.raises(SpecError, match=r"w\.pt can't be read"):
+    with pytest.raises(SpecError, match=r"w\.pt can't be read: it holds \S*print, which is no tensor") as refused:
         read_specs(tmp_path / "w.pt")
+    assert "torch.save(model.state_dict(), path)" in str(refused.value)
+    assert "weights_only" not in str(refused.value), "no advice to run the code all the same"
 
 
 @pytest.mark.parametrize("arguments", [("plan", "/nowhere"), ("inspect", "/nowhere"), ("inspect", ".")])

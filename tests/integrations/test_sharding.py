@@ -191,6 +191,13 @@ def test_processes_on_a_machine_are_what_torchrun_says_or_divide_the_group(monke
     assert len(sharding.plan_sharding(model_of("hash", 6), world_size).bytes_per_rank) == world_size
 
 
+@pytest.mark.parametrize("told", ["two", "", "-1", "1.5"])
+def test_a_number_of_processes_on_a_machine_that_is_none(monkeypatch, told):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", told)
+    with pytest.raises(ConfigError, match=f"LOCAL_WORLD_SIZE is {told!r}: set it to"):
+        local_processes(2)
+
+
 def test_a_number_of_processes_that_does_not_divide_the_rows():
     report = sharding.plan_sharding(embcomp.build_tables([TableSpec("a", 7, 8)]), 3, "row_wise")
     assert [shard.rows for shard in report.shards] == [(0, 3), (3, 6), (6, 7)]

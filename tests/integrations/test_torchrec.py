@@ -238,6 +238,12 @@ def test_lengths_that_are_no_lengths_and_features_that_come_twice_are_refused():
 
 
 @pytest.mark.parametrize("name", ["bags", "sequences"])
+def test_bug_a_batch_without_lengths_is_refused(name):
+    with pytest.raises(InputError, match="neither lengths nor offsets"):
+        compressed(MODELS[name]())(KeyedJaggedTensor(list("abc"), torch.ones(3, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize("name", ["bags", "sequences"])
 def test_bug_lengths_that_contradict_offsets_or_strides_are_refused(name):
     new, ids = compressed(MODELS[name]()), torch.ones(3, dtype=torch.int64)
     both = KeyedJaggedTensor(list("abc"), ids, lengths=torch.ones(3).long(), offsets=torch.tensor([0, 2, 3, 3]))

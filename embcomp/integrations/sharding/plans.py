@@ -171,7 +171,10 @@ def replicated_tables(wanted: Mapping[str, list[str]]) -> list[str]:
 
 def local_processes(world_size: int) -> int:
     """Processes of a group on one machine: torchrun's number, or what of it divides a smaller group's."""
-    local = min(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    told = os.environ.get("LOCAL_WORLD_SIZE")
+    if told is not None and not told.isdecimal():
+        raise ConfigError(f"LOCAL_WORLD_SIZE is {told!r}: set it to the processes on each machine, as torchrun does")
+    local = world_size if told is None else min(world_size, int(told))
     return local if local < 1 or world_size % local == 0 else math.gcd(world_size, local)
 
 
