@@ -14,7 +14,7 @@ from torch import Tensor
 
 from embcomp.errors import InputError
 from embcomp.hooks import Repeat
-from embcomp.range_scores import RangeScores, check_queries
+from embcomp.range_scores import RangeScores, assemble, check_queries
 from embcomp.storage import Ids
 from embcomp.stretches import Stretch
 from embcomp.tables import EmbeddingTables
@@ -79,6 +79,20 @@ class ItemScorer(ABC):
         flat = self.check_queries(queries).reshape(-1, self.dim)
         found = self.scoring(flat)(range(start, stop)) if stop > start else flat[:, :0]
         return found.view(*queries.shape[:-1], stop - start)
+
+    def every_score(self, queries: Tensor, chunk: int | None = None) -> Tensor:
+        """Score all items, in no more memory than the result and a chunk: queries ``(..., D)`` to float ``(..., V)``.
+
+        Args:
+            queries: to score.
+            chunk: items that are scored at once; None for as many as are fast.
+
+        Raises:
+            InputError: if queries are wrong.
+        """
+        flat = self.check_queries(queries).reshape(-1, self.dim)
+        scores = assemble(self.scoring(flat, chunk), flat, self.num_items, chunk, self.gradient_rows, self.repeatable)
+        return scores.view(*queries.shape[:-1], self.num_items)
 
     def scoring(self, queries: Tensor, chunk: int | None = None) -> RangeScores:
         """What scores any items by queries ``(N, D)`` that are checked; see `RangeScores`."""

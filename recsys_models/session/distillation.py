@@ -11,6 +11,8 @@ from torch import Tensor
 from embcomp.errors import ConfigError, InputError
 from recsys_models.session.items import Items
 
+_CHUNK = 8192
+
 
 def distill_(
     items: Items,
@@ -51,7 +53,8 @@ def distill_(
     _check_targets(items, vectors, counts)
     generator = torch.Generator().manual_seed(seed)
     weights = counts.double().cpu()
-    parameters = [p for p in (*items.parameters(), *items.table_parameters()) if p.requires_grad]
+    trained = (items, *items.groups)
+    parameters = [p for module in trained for p in module.parameters() if p.requires_grad]
     if not parameters:
         raise InputError("nothing of these items can be trained, as of finalized tables: distill first, then finalize")
     optimizer = torch.optim.Adam(parameters, learning_rate)
@@ -87,6 +90,7 @@ def _check_targets(items: Items, vectors: Tensor, counts: Tensor) -> None:
 @torch.no_grad()
 def _unexplained(items: Items, vectors: Tensor, weights: Tensor) -> float:
     share = (weights / weights.sum()).float()[:, None]
-    found = items(torch.arange(items.num_items, device=vectors.device))
-    left = (share * (found - vectors).square()).sum()
+    left = vectors.new_zeros(())
+    for ids in torch.arange(items.num_items, device=vectors.device).split(_CHUNK):
+        left += (share[ids] * (items(ids) - vectors[ids]).square()).sum()
     return float(left / (share * (vectors - (share * vectors).sum(0)).square()).sum())

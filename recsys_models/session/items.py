@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +27,8 @@ OUTPUT = "item_output"
 """Name of the table of a free head."""
 POOLINGS = ("mean", "idf")
 _CHUNK = 8192
+_LEAST_WORTH = 1e-6
+"""Weight by IDF of a value that all items have, or none of training has."""
 
 
 class Items(nn.Module, ABC):
@@ -46,9 +51,10 @@ class Items(nn.Module, ABC):
     def scorer(self) -> ItemScorer:
         """What scores the whole catalogue; where there are no gradients, with vectors as they are now."""
 
+    @property
     @abstractmethod
-    def table_parameters(self) -> Iterable[nn.Parameter]:
-        """Parameters of the tables, which belong to the model and not to this module."""
+    def groups(self) -> tuple[EmbeddingTables, ...]:
+        """The groups of tables that vectors come from, which belong to the model and not to this module."""
 
     @property
     def composing_bytes(self) -> int:
@@ -82,9 +88,10 @@ class ItemTable(Items):
         """Scores of the table's rows."""
         return TableScorer(self._tables[0], self.name)
 
-    def table_parameters(self) -> Iterable[nn.Parameter]:
-        """Parameters of the tables."""
-        return self._tables[0].parameters()
+    @property
+    def groups(self) -> tuple[EmbeddingTables, ...]:
+        """The group that the table is of."""
+        return self._tables
 
 
 class MetadataItems(Items):
@@ -97,14 +104,17 @@ class MetadataItems(Items):
     else they are items without any value, to which the residual adds what the policy says.
 
     Args:
-        tables: a table per attribute, in their order, of width D, and ``"item"`` if there is a residual.
+        tables: a table per attribute, of width D.
         attributes: of all items; at least one.
-        residual: whether the item's row of the table ``"item"`` is added.
-        bag_pooling: of bags: ``"mean"``, or ``"idf"``, weighted by the logarithm of how many items have another value.
+        residual: where the table ``"item"`` is whose rows are added, which may be ``tables`` or another group, with a
+            strategy and a budget of its own; None to add nothing.
+        bag_pooling: of bags: ``"mean"``, or ``"idf"``, weighted by the logarithm of how few items of training have the
+            value. Values that none of them has weigh next to nothing beside others.
+        num_seen: items of training, which are the first ones; None for all.
 
     Raises:
-        ConfigError: if ``bag_pooling`` is neither.
-        InputError: if an attribute has no table.
+        ConfigError: if ``bag_pooling`` is neither, or the residual has another width.
+        InputError: if an attribute, or the residual, has no table.
     """
 
     _values: Tensor
@@ -117,21 +127,26 @@ class MetadataItems(Items):
         self,
         tables: EmbeddingTables,
         attributes: Sequence[Attribute],
-        residual: bool = False,
+        residual: EmbeddingTables | None = None,
         bag_pooling: str = "mean",
+        num_seen: int | None = None,
     ) -> None:
         if bag_pooling not in POOLINGS:
             raise ConfigError(f"bag_pooling={bag_pooling!r} must be one of {', '.join(map(repr, POOLINGS))}")
         super().__init__(tables.embedding_dim, len(attributes[0].offsets) - 1)
         self._tables = (tables,)
+        if residual is not None and residual.embedding_dim != self.dim:
+            raise ConfigError(
+                f"rows of items have {residual.embedding_dim} dimensions, and attributes {self.dim}: they are added"
+            )
         self.num_attributes = len(attributes)
-        self.residual = ItemTable(tables) if residual else None
+        self.residual = None if residual is None else ItemTable(residual)
         self.projection = nn.Linear(self.num_attributes * self.dim, self.dim)
         self.norm = nn.LayerNorm(self.dim)
         self.out = nn.Linear(self.dim, self.dim)
         nn.init.eye_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        values, offsets, weights = _cells(attributes, bag_pooling)
+        values, offsets, weights = _cells(attributes, bag_pooling, self.num_items if num_seen is None else num_seen)
         self.register_buffer("_values", values, persistent=False)
         self.register_buffer("_offsets", offsets, persistent=False)
         self.register_buffer("_weights", weights, persistent=False)
@@ -168,9 +183,16 @@ class MetadataItems(Items):
         """The tables of the attributes, which belong to the model."""
         return self._tables[0]
 
-    def table_parameters(self) -> Iterable[nn.Parameter]:
-        """Parameters of the tables."""
-        return self._tables[0].parameters()
+    @property
+    def groups(self) -> tuple[EmbeddingTables, ...]:
+        """The groups that items are composed of, one or two."""
+        residual = () if self.residual is None else self.residual.groups
+        return tuple(dict.fromkeys((*self._tables, *residual)))
+
+    @property
+    def lookups_per_item(self) -> int:
+        """Rows of D floats that it takes to compose an item: of each attribute, or of each of its values if more."""
+        return max(self.num_attributes, -(-len(self._values) // max(self.num_items, 1)))
 
     def view(self, ids: Tensor, kept: Tensor, dropout: float) -> Tensor:
         """Vectors of items of which only a part is seen, uncounted.
@@ -252,17 +274,19 @@ class ComposedScorer(ItemScorer):
 
     @property
     def gradient_rows(self) -> int:
-        """Items that are best composed at once; see `EmbeddingTables.gradient_rows`."""
-        tables = self.items.tables
-        return self.num_items if tables.repeatable() is None else tables.gradient_rows
+        """Items that are best composed at once: what they are composed of is as large as gradients of the tables."""
+        if self.repeatable() is None:
+            return self.num_items
+        return sum(tables.gradient_rows for tables in self.items.groups) // self.items.lookups_per_item
 
     def repeatable(self) -> Repeat | None:
-        """That of the tables."""
-        return self.items.tables.repeatable()
+        """That of all tables; see `EmbeddingTables.repeatable`."""
+        repeats = [tables.repeatable() for tables in self.items.groups]
+        return None if None in repeats else partial(_all_of, repeats)
 
     def vectors(self, ids: Tensor) -> Tensor:
         """Compose items, uncounted: int64 ``(...)`` to float32 ``(..., D)``."""
-        with self.items.tables.uncounted():
+        with self._uncounted():
             found: Tensor = self.items(ids)
         return found
 
@@ -276,11 +300,22 @@ class ComposedScorer(ItemScorer):
 
     def _range(self, ids: Ids) -> Tensor:
         numbers = torch.arange(ids.start, ids.stop, device=self.device) if isinstance(ids, range) else ids
-        with self.items.tables.uncounted():
+        with self._uncounted():
             return self.items._compose(numbers)
 
+    def _uncounted(self) -> AbstractContextManager[None]:
+        return _all_of([tables.uncounted for tables in self.items.groups])
 
-def _cells(attributes: Sequence[Attribute], bag_pooling: str) -> tuple[Tensor, Tensor, Tensor | None]:
+
+@contextmanager
+def _all_of(contexts: Iterable[Callable[[], AbstractContextManager[Any]]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context())
+        yield
+
+
+def _cells(attributes: Sequence[Attribute], bag_pooling: str, num_seen: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """The values of all attributes, item by item, in the smallest integers that hold them.
 
     Returns:
@@ -303,7 +338,8 @@ def _cells(attributes: Sequence[Attribute], bag_pooling: str) -> tuple[Tensor, T
         if weights is not None:
             worth = torch.ones(len(own))
             if attribute.is_bag:
-                worth = (len(lengths) / torch.bincount(own)).log().clamp_min(1e-6)[own]
+                having = torch.bincount(own[item < num_seen], minlength=attribute.num_values)
+                worth = torch.where(having > 0, num_seen / having, 1.0).log().clamp_min(_LEAST_WORTH)[own]
             share = torch.zeros(len(lengths)).index_add_(0, item, worth)
             weights[place] = worth / share[item]
     return values, offsets.to(_smallest(total + 1)), weights

@@ -28,13 +28,14 @@ class SessionModel(Ranker):
     """A model of the next item, all of whose embeddings lie in one group of tables.
 
     Args:
-        tables: of the items; compressed, or plain.
+        tables: of the items; compressed, or plain. Items may have another group beside it, for their residual.
         items: how they become vectors.
         encoder: how sessions become queries.
         objective: what is learned.
         head: a table of vectors that items are scored by; None to score by those of ``items``, which ties the head.
         categories: attributes that are predicted along with the next item -> weights of their losses. Items whose value
-            is not known, or which no item of training has, count for nothing in them.
+            is not known, or which no item of training has, count for nothing in them, nor do items that training has
+            not, as in the objective.
         contrastive: a loss on the items themselves, and its weight.
         windows: what is learned from sessions that are longer than the encoder reads: their ``"last"`` items, or
             ``"all"``, window by window.
@@ -58,6 +59,7 @@ class SessionModel(Ranker):
     ) -> None:
         super().__init__()
         self.tables, self.items, self.encoder, self.objective, self.head = tables, items, encoder, objective, head
+        self.residual_tables = next((group for group in items.groups if group is not tables), None)
         self.num_items, self.max_length, self.windows = items.num_items, encoder.max_length, windows
         self.contrastive = None if contrastive is None else contrastive[0]
         self.contrastive_weight = 0.0 if contrastive is None else contrastive[1]
@@ -68,7 +70,8 @@ class SessionModel(Ranker):
         self.category_weights = tuple(predicted.values())
         self.category_heads = nn.ModuleList(nn.Linear(encoder.dim, a.num_values) for a in predicted)
         known = [np.where(a.values == a.unknown_id, NO_TARGET, a.values) for a in predicted]
-        values = np.array(known, np.int64)  # (categories, V), the value of each item
+        values = np.array(known, np.int64).reshape(len(known), items.num_items)
+        values[:, objective.num_seen :] = NO_TARGET
         self.register_buffer("_categories", torch.from_numpy(values), persistent=False)
 
     # ---- scores -----------------------------------------------------------------------------------------------------
@@ -88,7 +91,7 @@ class SessionModel(Ranker):
             InputError: if shapes do not go together, dtypes are not integers, or a length is not in ``[0, L]``.
             UnseenIdError: if an item is outside its table, and the tables' policy is to say so.
         """
-        return self.scorer().scores(self.queries(items, lengths))
+        return self.scorer().every_score(self.queries(items, lengths))
 
     def queries(self, items: Tensor, lengths: Tensor) -> Tensor:
         """What sessions are encoded to, float32 ``(B, D)``: scores are inner products with it. Arguments as above."""
@@ -125,7 +128,7 @@ class SessionModel(Ranker):
         """
         targets = examples.targets[examples.targets != NO_TARGET]
         if self.head is not None:
-            self.head.note_(targets)  # nothing else counts them: a free head is never read
+            self.head.note_(targets[targets < self.objective.num_seen])  # a free head is never read, so not counted
         loss = self.objective(self.head or self.items, self._to_queries(vectors), targets, examples)
         for weight, head, values in zip(self.category_weights, self.category_heads, self._categories, strict=True):
             loss = loss + weight * _category_loss(head(vectors), values[targets])
@@ -145,7 +148,8 @@ class SessionModel(Ranker):
 
     def penalty(self) -> Tensor:
         """The tables' own loss term, a float32 scalar to add to the training loss."""
-        return self.tables.penalty()
+        own = self.tables.penalty()
+        return own if self.residual_tables is None else own + self.residual_tables.penalty()
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 

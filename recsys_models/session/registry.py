@@ -166,7 +166,9 @@ def table_counts(specs: Sequence[TableSpec], catalogue: Catalogue) -> dict[str, 
     return {spec.name: torch.from_numpy(counts.get(spec.name, catalogue.counts).copy()) for spec in specs}
 
 
-def build_session_model(name: str, tables: EmbeddingTables, catalogue: Catalogue, **options: Any) -> SessionModel:
+def build_session_model(
+    name: str, tables: EmbeddingTables, catalogue: Catalogue, *, residual: EmbeddingTables | None = None, **options: Any
+) -> SessionModel:
     """Build a session model on tables whose specs came from `session_specs` with the same options.
 
     Initial weights of the network are drawn from torch's global generator: call ``torch.manual_seed`` before.
@@ -175,17 +177,22 @@ def build_session_model(name: str, tables: EmbeddingTables, catalogue: Catalogue
         name: one of `ENCODERS`.
         tables: of the items.
         catalogue: of the data set.
+        residual: of ``items="hybrid"``, a group of its own for the table ``"item"``, so that its rows have another
+            strategy, format or budget than attributes; None where it is in ``tables``.
         options: of the model; see `ModelConfig` and the encoder's class.
 
     Raises:
         ConfigError: for an unknown model or option, or a value that is refused.
     """
     config, of_encoder = _split(name, options)
+    if residual is not None and config.items != "hybrid":
+        raise ConfigError(f"residual= is of items='hybrid', and these are items={config.items!r}")
     items: Items
     if config.items == "id":
         items = ItemTable(tables)
     else:
-        items = MetadataItems(tables, config.used(catalogue), config.items == "hybrid", config.bag_pooling)
+        rows = (tables if residual is None else residual) if config.items == "hybrid" else None
+        items = MetadataItems(tables, config.used(catalogue), rows, config.bag_pooling, catalogue.num_seen)
     encoder = _encoder(name, tables.embedding_dim, config, of_encoder)
     objective = Objective(config, torch.from_numpy(catalogue.counts.copy()))
     head = ItemTable(tables, OUTPUT) if config.head == "free" else None

@@ -15,7 +15,7 @@ from embcomp.testing.training import LargestTensor
 from embcomp.training import Phases
 from recsys_models.data import Catalogue
 from recsys_models.ranking import rank_cases
-from recsys_models.session import ItemTable, MetadataItems, session_specs
+from recsys_models.session import ItemTable, MetadataItems, build_session_model, session_specs, table_counts
 from recsys_models.session.floors import ItemKNN, Popularity
 from recsys_models.training import TrainingConfig, fit
 from tests.recsys_models.session.tiny import NUM_ITEMS, attribute, attributes, sequences, tiny_log, tiny_model
@@ -25,7 +25,7 @@ def items_of(catalogue, strategy="full", residual=False, **options):
     torch.manual_seed(0)
     name = "hybrid" if residual else "metadata"
     tables = build_tables(session_specs("m2trec", catalogue, 8, 0.5, items=name), strategy)
-    items = MetadataItems(tables, catalogue.attributes, residual, **options)
+    items = MetadataItems(tables, catalogue.attributes, tables if residual else None, **options)
     torch.nn.init.normal_(items.norm.weight)
     return tables, items
 
@@ -58,6 +58,96 @@ def test_items_are_those_of_a_loop(bag_pooling, residual):
     every = torch.arange(NUM_ITEMS)
     torch.testing.assert_close(items.scorer().scores(torch.eye(8), 0, NUM_ITEMS).T, items(every))
     torch.testing.assert_close(items(every.view(5, 6)).view(-1, 8), items(every))
+
+
+def test_idf_is_that_of_items_of_training_and_new_items_change_no_other():
+    catalogue = tiny_log().catalogue
+    bags = [[0, 1], [0, 2], [0, 1, 3], [3], [4], [2, 4]]  # the last three are not in training, nor is word 4
+    words = attribute("words", *bags, num_values=5)
+
+    def pooled(number):
+        own = dataclasses.replace(
+            words, values=words.values[: words.offsets[number]], offsets=words.offsets[: number + 1]
+        )
+        object.__setattr__(catalogue, "attributes", (own,))
+        tables, items = items_of(catalogue, bag_pooling="idf", num_seen=3)
+        return tables, items._pooled(torch.arange(number))[:, 0]
+
+    tables, found = pooled(6)
+    rows = tables.materialize("words")
+    one, three = math.log(3 / 2), math.log(3)
+    torch.testing.assert_close(found[2], (one * rows[1] + three * rows[3]) / (one + three), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[4], rows[4])
+    torch.testing.assert_close(found[5], rows[2], rtol=1e-4, atol=1e-4)  # word 4 tells nothing
+    assert torch.equal(pooled(4)[1], found[:4])
+
+
+@pytest.mark.parametrize("items", ["metadata", "hybrid"])
+@pytest.mark.parametrize("strategy", ["full", "unified"])
+def test_bug_composing_many_items_takes_no_more_memory_than_gradients_do(strategy, items, monkeypatch):
+    """All of them were composed at once where tables are large: of a million items 5.6 GiB."""
+    monkeypatch.setattr(softmax, "_PIECE", 100)
+    number, rng = 20_000, np.random.default_rng(0)
+    bags = [np.unique(rng.integers(0, number, 8)) for _ in range(number)]
+    known = (attribute("words", *bags, num_values=number + 1), attribute("more", *bags, num_values=number + 1))
+    catalogue = Catalogue(number, np.ones(number, np.int64), np.arange(number), known)
+    specs = session_specs("m2trec", catalogue, 16, items=items)
+    tables = build_tables(specs, strategy, None if strategy == "full" else "50%")
+    made = MetadataItems(tables, known, tables if items == "hybrid" else None)
+    queries, targets = torch.randn(4, 16, requires_grad=True), torch.arange(4)
+    with (largest := LargestTensor()):
+        cross_entropy(made.scorer(), queries, targets, chunk=100).backward()
+    assert largest.size <= 1.1 * sum(p.nbytes for p in tables.parameters()), largest.by
+
+
+@pytest.mark.parametrize(
+    ("residual", "budget"),
+    [("optembed", "40%"), (FrequencyCutConfig(tail="zero"), "20%"), ("hash", "20%"), ("quantize", "40%")],
+)
+def test_a_residual_can_have_a_strategy_and_a_budget_of_its_own(residual, budget):
+    log = tiny_log()
+    specs = session_specs("m2trec", log.catalogue, 16, items="hybrid")
+    counts = table_counts(specs, log.catalogue)
+    words, rows = build_tables(specs[:-1]), build_tables(specs[-1:], residual, budget, {"item": counts["item"]})
+    model = build_session_model("m2trec", words, log.catalogue, items="hybrid", max_length=8, residual=rows)
+    first = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = TrainingConfig(epochs=1, batch_size=64, device="cpu", learning_rate=0.01, progress=False, patience=1)
+    fit(model, log, config)
+    trained = dict(model.named_parameters())
+    assert any((trained[name] != old).any() for name, old in first.items() if name.startswith("residual_tables."))
+    assert any((trained[name] != old).any() for name, old in first.items() if name.startswith("tables."))
+    every = torch.arange(NUM_ITEMS)
+    model.eval()
+    before = model.items(every)
+    for tables in (words, rows):
+        tables.finalize_()
+    assert rows.memory().serve_bytes <= rows.memory().full_bytes * float(budget.strip("%")) / 100
+    assert words.memory().serve_bytes == words.memory().full_bytes
+    torch.testing.assert_close(model.items(every), before, rtol=1e-3, atol=1e-3)
+    alone = model.items._of(model.items._pooled(every))
+    torch.testing.assert_close(model.items(every) - alone, rows(every, "item"), rtol=1e-4, atol=1e-5)
+
+
+def test_the_penalties_of_both_groups_are_the_model_s():
+    log = tiny_log()
+    specs = session_specs("m2trec", log.catalogue, 16, items="hybrid")
+    words, rows = build_tables(specs[:-1], "optembed", "50%"), build_tables(specs[-1:], "optembed", "50%")
+    model = build_session_model("m2trec", words, log.catalogue, items="hybrid", residual=rows)
+    for phases in [Phases(model)]:
+        phases.enter_(phases.phases[0])
+    assert model.penalty() == words.penalty() + rows.penalty() > words.penalty()
+
+
+@pytest.mark.parametrize(
+    ("dim", "items", "message"),
+    [(8, "hybrid", "rows of items have 8 dimensions, and attributes 16"), (16, "metadata", "residual= is of items=")],
+)
+def test_residuals_that_do_not_fit(dim, items, message):
+    log = tiny_log()
+    words = build_tables(session_specs("m2trec", log.catalogue, 16))
+    rows = build_tables(session_specs("sasrec", log.catalogue, dim))
+    with pytest.raises(ConfigError, match=message):
+        build_session_model("m2trec", words, log.catalogue, items=items, residual=rows)
 
 
 def test_twins_have_one_vector_and_a_residual_tells_them_apart():

@@ -152,18 +152,19 @@ def test_attributes_of_any_name_are_predicted(name):
     torch.testing.assert_close(model.loss(examples, queries), plain.loss(examples, queries) + loss)
 
 
+@pytest.mark.parametrize("bag_pooling", ["mean", "idf"])
 @pytest.mark.parametrize(("strategy", "budget"), [("full", None), ("unified", "60%")])
-def test_a_new_item_scores_like_its_twin_in_a_model_that_was_trained_without_it(strategy, budget):
+def test_a_new_item_scores_like_its_twin_in_a_model_that_was_trained_without_it(strategy, budget, bag_pooling):
     named = (dataclasses.replace(a, names=np.arange(a.num_values - 1)) for a in LOG.catalogue.attributes)
     log = dataclasses.replace(LOG, catalogue=dataclasses.replace(LOG.catalogue, attributes=tuple(named)))
-    model = tiny_model(log, "m2trec", strategy, budget, categories={"kind": 1.0}).eval()
+    options = {"max_length": 8, "categories": {"kind": 1.0}, "bag_pooling": bag_pooling}
+    model = tiny_model(log, "m2trec", strategy, budget, **options).eval()
     model.tables.finalize_()
     kind, words = log.catalogue.attributes
     twin = int(np.flatnonzero(words.lengths == 2)[0])
     own = words.values[words.offsets[twin] : words.offsets[twin + 1]].tolist()
     values = {"kind": [kind.values[twin], 3], "words": [own, None]}
     catalogue = log.catalogue.with_items([100, 101], values)
-    options = {"max_length": 8, "categories": {"kind": 1.0}}
     larger = build_session_model("m2trec", model.tables, catalogue, **options).eval()
     larger.load_state_dict(model.state_dict())
     scores = larger(*padded(SESSIONS))

@@ -15,6 +15,7 @@ from recsys_models.session.encoders import Examples
 from tests.recsys_models.session.tiny import (
     NUM_ITEMS,
     SESSIONS,
+    attribute,
     log_with_unseen_items,
     padded,
     tiny_log,
@@ -108,9 +109,12 @@ class TestItemsThatTrainingNeverSaw:
             assert not row_gradients(model, "kind", [6]).any()
             assert row_gradients(model, "kind", [0]).any()
 
+    @pytest.mark.parametrize("options", [{}, {"categories": {"kind": 1.0}}, {"head": "free"}])
     @pytest.mark.parametrize("name", ["sasrec", "m2trec"])
-    def test_count_for_nothing_as_targets(self, name, loss):
-        model = tiny_model(self.LOG, name, loss=loss).eval()
+    def test_count_for_nothing_as_targets(self, name, options, loss):
+        kind = attribute("kind", *[[item % 6] for item in range(NUM_ITEMS)], num_values=7, is_bag=False)
+        catalogue = dataclasses.replace(self.LOG.catalogue, attributes=(kind,))  # which items of training have too
+        model = tiny_model(dataclasses.replace(self.LOG, catalogue=catalogue), name, loss=loss, **options).eval()
         sessions = padded([[1, 2], [3], [4, 5], [6]])
 
         def found(targets, rows):
