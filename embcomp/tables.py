@@ -393,8 +393,8 @@ class EmbeddingTables(TableHooks):
     def finalize_(self) -> EmbeddingTables:
         """Turn into the serving form, in place: smallest bytes, no gradients, the same vectors as evaluation."""
         modules = list(self.modules())
-        stores = [(module, *named) for module in modules for named in module.named_children()]
-        served = [(*place, child.finalize()) for *place, child in stores if isinstance(child, RowStore)]
+        children = [(module, name, child) for module in modules for name, child in module.named_children()]
+        served = [(module, name, own.finalize()) for module, name, own in children if isinstance(own, RowStore)]
         for module, name, store in served:  # none before all are made: one that can't be leaves the training form whole
             setattr(module, name, store)
         for module in modules:

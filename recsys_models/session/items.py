@@ -281,8 +281,9 @@ class ComposedScorer(ItemScorer):
 
     def repeatable(self) -> Repeat | None:
         """That of all tables; see `EmbeddingTables.repeatable`."""
-        repeats = [tables.repeatable() for tables in self.items.groups]
-        return None if None in repeats else partial(_all_of, repeats)
+        found = [tables.repeatable() for tables in self.items.groups]
+        repeats = [repeat for repeat in found if repeat is not None]
+        return partial(_all_of, repeats) if len(repeats) == len(found) else None
 
     def vectors(self, ids: Tensor) -> Tensor:
         """Compose items, uncounted: int64 ``(...)`` to float32 ``(..., D)``."""

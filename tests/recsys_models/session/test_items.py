@@ -8,14 +8,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from embcomp import FrequencyCutConfig, FullConfig, NestedConfig, build_tables
+from embcomp import FrequencyCutConfig, FullConfig, NestedConfig, build_tables, range_scores
 from embcomp.errors import ConfigError, InputError, UnseenIdError
 from embcomp.scoring import cross_entropy, rank_bounds, ranks, softmax
 from embcomp.testing.training import LargestTensor
 from embcomp.training import Phases
 from recsys_models.data import Catalogue
 from recsys_models.ranking import rank_cases
-from recsys_models.session import ItemTable, MetadataItems, build_session_model, session_specs, table_counts
+from recsys_models.session import (
+    ItemTable,
+    MetadataItems,
+    build_session_model,
+    distillation,
+    session_specs,
+    table_counts,
+)
+from recsys_models.session.distillation import distill_
 from recsys_models.session.floors import ItemKNN, Popularity
 from recsys_models.training import TrainingConfig, fit
 from tests.recsys_models.session.tiny import NUM_ITEMS, attribute, attributes, sequences, tiny_log, tiny_model
@@ -420,6 +428,38 @@ def test_ranks_by_floors_take_no_matrix_of_their_own():
         found = ranks(popular.scorer(), queries, torch.arange(64), chunk=1000)
     assert found.tolist() == [99_999 - item for item in range(64)]
     assert largest.size <= 4 * 64 * 1000, largest.by
+
+
+@pytest.mark.parametrize("items", ["id", "metadata", "hybrid"])
+def test_bug_scores_of_models_take_no_matrix_of_all_items(items, monkeypatch):
+    monkeypatch.setattr(range_scores, "ids_at_once", lambda queries: 500)
+    number = 20_000
+    catalogue = Catalogue(number, np.ones(number, np.int64), np.arange(number), (constant(number)[1],))
+    specs = session_specs("m2trec", catalogue, 16, items=items)
+    tables = build_tables(specs, "compositional", "20%") if items == "id" else build_tables(specs)
+    model = build_session_model("m2trec", tables, catalogue, items=items, max_length=8).eval()
+    sessions = torch.tensor([[1, 2]]), torch.tensor([2])
+    with (largest := LargestTensor()):
+        scores = model(*sessions)
+    assert scores.shape == (1, number)
+    if items == "id":  # of metadata a matrix is composed once, where there are no gradients
+        assert largest.size < 16 * number, largest.by
+    with torch.no_grad():
+        torch.testing.assert_close(model(*sessions), scores.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_bug_distilling_composes_no_matrix_of_all_items(monkeypatch):
+    monkeypatch.setattr(distillation, "_CHUNK", 100)
+    number = 5000
+    catalogue = Catalogue(number, np.ones(number, np.int64), np.arange(number), constant(number))
+    _, items = items_of(catalogue)
+    vectors = torch.randn(number, 8)
+    with (largest := LargestTensor()):
+        left = distill_(items, vectors, np.ones(number, np.int64), steps=0)
+    assert largest.size <= 8 * 4 * number, largest.by  # two attributes of all items would take twice that
+    with torch.no_grad():
+        total = (items(torch.arange(number)) - vectors).square().sum() / (vectors - vectors.mean(0)).square().sum()
+    assert left == pytest.approx(float(total), rel=1e-5)
 
 
 def test_phases_that_switch_what_is_shown_do_so_in_the_backward_pass_too(monkeypatch):
