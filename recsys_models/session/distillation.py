@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from embcomp.errors import ConfigError, InputError
-from recsys_models.session.items import Items
-
-_CHUNK = 8192
+from recsys_models.session.items import CHUNK, Items
 
 
 def distill_(
@@ -91,6 +89,6 @@ def _check_targets(items: Items, vectors: Tensor, counts: Tensor) -> None:
 def _unexplained(items: Items, vectors: Tensor, weights: Tensor) -> float:
     share = (weights / weights.sum()).float()[:, None]
     left = vectors.new_zeros(())
-    for ids in torch.arange(items.num_items, device=vectors.device).split(_CHUNK):
+    for ids in torch.arange(items.num_items, device=vectors.device).split(CHUNK):
         left += (share[ids] * (items(ids) - vectors[ids]).square()).sum()
     return float(left / (share * (vectors - (share * vectors).sum(0)).square()).sum())

@@ -26,7 +26,8 @@ ITEM = "item"
 OUTPUT = "item_output"
 """Name of the table of a free head."""
 POOLINGS = ("mean", "idf")
-_CHUNK = 8192
+CHUNK = 8192
+"""Items that are composed at once where all are."""
 _LEAST_WORTH = 1e-6
 """Weight by IDF of a value that all items have, or none of training has."""
 
@@ -171,7 +172,7 @@ class MetadataItems(Items):
         if torch.is_grad_enabled():
             return ComposedScorer(self)
         every = torch.arange(self.num_items, device=self.device)
-        return MatrixScorer(torch.cat([self._compose(ids) for ids in every.split(_CHUNK)]))
+        return MatrixScorer(torch.cat([self._compose(ids) for ids in every.split(CHUNK)]))
 
     @property
     def device(self) -> torch.device:

@@ -25,7 +25,7 @@ from recsys_models.session.ranker import Ranker, check_sessions
 
 
 class SessionModel(Ranker):
-    """A model of the next item, whose embeddings lie in one group of tables, or that of a residual apart.
+    """A model of the next item, whose embeddings lie in one group of tables, but for a residual that has its own.
 
     Args:
         tables: of the items; compressed, or plain. Items may have another group beside it, for their residual.

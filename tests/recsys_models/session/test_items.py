@@ -141,8 +141,8 @@ def test_the_penalties_of_both_groups_are_the_model_s():
     specs = session_specs("m2trec", log.catalogue, 16, items="hybrid")
     words, rows = build_tables(specs[:-1], "optembed", "50%"), build_tables(specs[-1:], "optembed", "50%")
     model = build_session_model("m2trec", words, log.catalogue, items="hybrid", residual=rows)
-    for phases in [Phases(model)]:
-        phases.enter_(phases.phases[0])
+    phases = Phases(model)
+    phases.enter_(phases.phases[0])
     assert model.penalty() == words.penalty() + rows.penalty() > words.penalty()
 
 
@@ -449,7 +449,7 @@ def test_bug_scores_of_models_take_no_matrix_of_all_items(items, monkeypatch):
 
 
 def test_bug_distilling_composes_no_matrix_of_all_items(monkeypatch):
-    monkeypatch.setattr(distillation, "_CHUNK", 100)
+    monkeypatch.setattr(distillation, "CHUNK", 100)
     number = 5000
     catalogue = Catalogue(number, np.ones(number, np.int64), np.arange(number), constant(number))
     _, items = items_of(catalogue)
