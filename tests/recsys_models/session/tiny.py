@@ -7,7 +7,7 @@ import torch
 
 from embcomp import build_tables
 from recsys_models.data import Attribute, Cases, Catalogue, Sequences, SessionLog
-from recsys_models.session import build_session_model, session_specs, table_counts
+from recsys_models.session import MetadataItems, build_session_model, session_specs, table_counts
 
 NUM_ITEMS = 30
 NAMES = ("sasrec", "bert4rec", "gru4rec", "narm", "sr_gnn", "m2trec")
@@ -84,3 +84,18 @@ def padded(sessions, width=None, filler=0):
     for row, session in enumerate(sessions):
         items[row, : len(session)] = torch.tensor(session)
     return items, torch.tensor([len(session) for session in sessions])
+
+
+def items_of(catalogue, strategy="full", residual=False, **options):
+    torch.manual_seed(0)
+    name = "hybrid" if residual else "metadata"
+    tables = build_tables(session_specs("m2trec", catalogue, 8, 0.5, items=name), strategy)
+    items = MetadataItems(tables, catalogue.attributes, tables if residual else None, **options)
+    torch.nn.init.normal_(items.norm.weight)
+    return tables, items
+
+
+def constant_attributes(num_items, known=True):
+    """A category that all items share, or none has, and two words that all have."""
+    one = attribute("kind", *[[0 if known else 1]] * num_items, num_values=2, is_bag=False)
+    return one, attribute("words", *[[0, 1]] * num_items, num_values=3)
