@@ -60,7 +60,8 @@ class KeptIds(nn.Module):
             words = (ids >> 6).minimum(self._pick(self._last_words, table)) + self._pick(self._words, table)
             found, ranks = look_up_bitmap(self.bits, self.ranks, ids, words)
             remapped = self._pick(self._remapped, table)
-            kept, rows = torch.where(remapped, found, kept), torch.where(remapped, ranks, rows)
+            # No `torch.where` of bools: ONNX Runtime has none.
+            kept, rows = (found & remapped) | (kept & ~remapped), torch.where(remapped, ranks, rows)
         return kept, rows
 
     @torch.no_grad()

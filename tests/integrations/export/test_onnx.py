@@ -10,7 +10,7 @@ import embcomp
 from embcomp.errors import ExportError, InputError, MissingDependencyError
 from embcomp.integrations.export import export_onnx
 from embcomp.integrations.export.onnx import rewritten
-from embcomp.testing._cases import UNSEEN_IDS, build, every_id
+from embcomp.testing._cases import UNSEEN_IDS, build, every_id, make_counts, make_specs
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -59,6 +59,33 @@ def test_every_strategy_in_every_kind_of_rows(name, tmp_path):
     ids = mixed_ids(groups[0])
     for rows, got, wanted in zip(formats, running(tmp_path / "m.onnx")(ids), model(ids), strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=2e-6, msg=lambda text, rows=rows: f"{rows}: {text}")
+
+
+def build_counted(names, unseen):
+    """Groups of small tables, built with counts, by which strategies may choose ids."""
+    specs = make_specs(dim=8, sizes={"user": 300, "genre": 7}, padded=())
+    configs = [embcomp.make_config(name, unseen=unseen) for name in names]
+    return [embcomp.build_tables(specs, config, "60%", make_counts(specs)).finalize_() for config in configs]
+
+
+def check_side_by_side(groups, ids, path):
+    model = SideBySide(groups)
+    export_onnx(model, path, example=(ids[:5],))
+    for tables, got, wanted in zip(groups, running(path)(ids), model(ids), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=2e-6, msg=lambda text, own=tables: f"{own}: {text}")
+
+
+def test_bug_tables_with_a_remap_were_refused(tmp_path):
+    """Ids that counts choose were told from others by a choice between bools, which ONNX Runtime lacks."""
+    groups = build_counted(["frequency_cut"], "error")
+    assert groups[0].remap.is_remapped
+    check_side_by_side(groups, every_id(groups[0]), tmp_path / "m.onnx")
+
+
+@pytest.mark.slow
+def test_every_strategy_with_counts_by_the_default_policy(tmp_path):
+    groups = build_counted([name for name in embcomp.list_strategies() if name != "full"], "error")
+    check_side_by_side(groups, every_id(groups[0]), tmp_path / "m.onnx")
 
 
 def _takes_rows(name):
