@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
+import re
 import reprlib
 import secrets
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,12 +24,19 @@ from torch import Tensor
 
 from embcomp.errors import IncompatibleStateError, WriteError
 
+logger = logging.getLogger(__name__)
+
 CONFIG = "embcomp_config.json"
 FORMAT = "embcomp"
 FORMAT_VERSION = 2
 SEAL = "config_sha256"
 """The key of the digest of all else in the config; there from format version 2 on."""
 TEMPORARY = ".embcomp-"
+EXPORTING = f"{TEMPORARY}export-"
+"""What names of folders begin with in which exports are made."""
+_WEIGHTS = re.compile(r"model-([0-9a-f]{16})\.safetensors")
+_EXPORTING = re.compile(re.escape(EXPORTING) + r"[a-z0-9_]{8}")
+_UNFINISHED = re.compile(re.escape(TEMPORARY) + r"[0-9]+-[0-9a-f]{8}")
 LEFT_OVER = 3600
 """Seconds after which a file that no config names is taken for what a killed save left behind."""
 
@@ -223,7 +233,41 @@ def _named_weights(folder: Path) -> str | None:
 
 
 def _remove_older(folder: Path, keep: str, older: str | None) -> None:
-    long_ago = time.time() - LEFT_OVER
-    for file in [*folder.glob("model-" + "?" * 16 + ".safetensors"), *folder.glob(f"{TEMPORARY}*")]:
-        if file.name != keep and (file.name == older or file.stat().st_mtime < long_ago):
-            file.unlink(missing_ok=True)
+    """Remove the weights that were replaced, and what killed saves and exports left; a save never fails by it."""
+    try:
+        for path in folder.iterdir():
+            if path.name != keep:
+                _remove_own(path, is_replaced=path.name == older)
+    except OSError as error:
+        logger.warning("%s can't be cleaned of what killed saves may have left: %s", folder, error)
+
+
+def _remove_own(path: Path, is_replaced: bool) -> None:
+    """Remove a file or folder if it was made here beyond doubt, and no save or export can need it any more."""
+    try:
+        if not _is_own(path, is_replaced):
+            return
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        logger.warning("%s is of no use any more, and can't be removed: %s", path, error)
+
+
+def _is_own(path: Path, is_replaced: bool) -> bool:
+    if path.is_symlink():
+        return False
+    if path.is_dir():
+        return bool(_EXPORTING.fullmatch(path.name)) and all(map(_is_old, [path, *path.rglob("*")]))
+    match = _WEIGHTS.fullmatch(path.name)
+    if match is None:
+        return bool(_UNFINISHED.fullmatch(path.name)) and _is_old(path)
+    # Whatever else has such a name is not called after its own content.
+    return is_replaced or (_is_old(path) and _digest(path).startswith(match[1]))
+
+
+def _is_old(path: Path) -> bool:
+    return path.lstat().st_mtime < time.time() - LEFT_OVER

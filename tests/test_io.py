@@ -1,6 +1,7 @@
 """Checkpoints: bit-exact, of the reported size, whole at every moment, and refused with a reason when they are not."""
 
 import copy
+import hashlib
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from torch import nn
 import embcomp
 from embcomp import _checkpoint
 from embcomp._checkpoint import CONFIG
+from embcomp.integrations.export.files import whole_file
 
 ROOT = Path(__file__).resolve().parents[1]
 IDS = torch.tensor([1, 5, 0, 19])
@@ -70,6 +72,26 @@ def weights_file(folder):
 def edit(folder, **changes):
     file = folder / CONFIG
     file.write_text(json.dumps(_checkpoint.sealed(json.loads(file.read_text()) | changes)))
+
+
+def own_name(content):
+    """The name that weights of such content have."""
+    return f"model-{hashlib.sha256(content.encode()).hexdigest()[:16]}.safetensors"
+
+
+def grow_old(path, age=2 * _checkpoint.LEFT_OVER):
+    os.utime(path, (time.time() - age,) * 2)
+
+
+def made(path, content, age=2 * _checkpoint.LEFT_OVER):
+    """A file that was last touched so many seconds ago, as was its folder if that was made for it."""
+    is_new = not path.parent.exists()
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    grow_old(path, age)
+    if is_new:
+        grow_old(path.parent, age)
+    return path
 
 
 def same(one, other):
@@ -221,16 +243,56 @@ class TestFolder:
         }
         assert (tmp_path / "README.md").read_text() == "my own text"
 
-    def test_what_killed_saves_left_is_removed_once_it_is_old(self, tmp_path):
-        left = [tmp_path / ".embcomp-1-ab", tmp_path / f"model-{'0' * 16}.safetensors"]
-        young = tmp_path / f"model-{'1' * 16}.safetensors"
-        for file in [*left, young]:
-            file.write_text("")
-        for file in left:
-            os.utime(file, (time.time() - 2 * _checkpoint.LEFT_OVER,) * 2)
+    def test_what_killed_saves_and_exports_left_is_removed_once_it_is_old(self, tmp_path):
+        with whole_file(tmp_path / "x.pt2", ".pt2", overwrite=False) as file:
+            file.touch()
+        names = [".embcomp-1-0123abcd", own_name("old"), f"{file.parent.name}/x.pt2"]
+        left = [made(tmp_path / name, "old") for name in names]
+        young = [made(tmp_path / name, "young", age=0) for name in (own_name("young"), ".embcomp-2-0123abcd")]
+        running = made(tmp_path / ".embcomp-export-12345678" / "x.pt2", "young", age=0)
+        grow_old(running.parent)
         embcomp.save_pretrained(tables(), tmp_path)
-        assert not any(file.exists() for file in left)
-        assert young.exists()
+        assert not any(path.exists() or (path.parent != tmp_path and path.parent.exists()) for path in left)
+        assert all(path.exists() for path in [*young, running])
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "model-checkpoint-00001.safetensors",
+            "model-final_2024-01-02.safetensors",
+            f"model-{'0' * 16}.safetensors",
+            own_name("foreign").upper().replace("MODEL", "model").replace("SAFETENSORS", "safetensors"),
+            ".embcomp-notes",
+            ".embcomp-settings/notes",
+            ".embcomp-export-notes/notes",
+        ],
+    )
+    def test_bug_files_of_other_origin_are_never_removed(self, name, tmp_path):
+        """Weights whose names have 16 other characters where ours have a digest were removed when they were old."""
+        foreign = made(tmp_path / name, "foreign")
+        grow_old(foreign.parent)
+        for budget in ("50%", "20%"):
+            embcomp.save_pretrained(tables(budget=budget), tmp_path)
+        assert foreign.read_text() == "foreign"
+
+    @pytest.mark.parametrize("name", ["unlink", "iterdir"])
+    def test_bug_what_cannot_be_cleaned_fails_no_save(self, name, tmp_path, monkeypatch, caplog):
+        """The folder that a killed export left failed every save: it was taken for a file, and there was no room."""
+        embcomp.save_pretrained(tables(), tmp_path)
+        made(tmp_path / ".embcomp-abcd1234" / "x.pt2", "half")
+        grow_old(tmp_path / ".embcomp-abcd1234")
+        new, act = tables(budget="20%"), getattr(Path, name)
+
+        def failing(path, *args, **kwargs):
+            if path == tmp_path or path.name.startswith("model-"):
+                raise PermissionError("not yours")
+            return act(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, name, failing)
+        embcomp.save_pretrained(new, tmp_path)
+        monkeypatch.undo()
+        assert "not yours" in caplog.text
+        assert same(embcomp.from_pretrained(tmp_path), new)
 
     @pytest.mark.parametrize("step", range(16))
     def test_a_save_that_dies_at_any_step_leaves_the_old_or_the_new(self, step, tmp_path, monkeypatch):

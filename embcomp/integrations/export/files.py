@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from embcomp._checkpoint import TEMPORARY, sync
+from embcomp._checkpoint import EXPORTING, sync
 from embcomp.errors import ExportError
 
 
@@ -62,7 +62,7 @@ def whole_file(path: str | Path, suffix: str, overwrite: bool) -> Iterator[Path]
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=EXPORTING, dir=path.parent) as folder:
             unfinished = Path(folder) / path.name
             yield unfinished
             sync(unfinished)
