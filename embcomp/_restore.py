@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,26 +18,50 @@ from embcomp.errors import EmbcompError, IncompatibleStateError
 from embcomp.integrations import fuse_collections
 from embcomp.sites import GROUPS, Site, attach, find_groups, find_sites, home_of, owner_path
 from embcomp.specs import TableSpec
+from embcomp.storage import RowStore
 from embcomp.tables import EmbeddingTables
 
 
 @dataclass(frozen=True)
 class SavedGroup:
-    """A group as a checkpoint describes it: empty tables on ``meta``, and the tensors that fill them, checked."""
+    """A group as a checkpoint describes it: empty tables on ``meta``, and the tensors that fill them, checked.
+
+    Attributes:
+        prefix: of its tensors' names.
+        frozen: whether nothing of it is trained.
+        empty: the tables.
+        state: the tensors.
+        unrounded: names of the row stores whose rounding is switched off; None where that is not known, in serving
+            forms and checkpoints from before it was saved.
+    """
 
     prefix: str
     frozen: bool
     empty: EmbeddingTables
     state: dict[str, Tensor]
+    unrounded: list[str] | None
 
     def build(self) -> EmbeddingTables:
         """Fill the tables."""
         self.empty.load_state_dict(self.state, assign=True)
+        self.set_rounding_of(self.empty)
         return self.empty.requires_grad_(False) if self.frozen else self.empty
+
+    def set_rounding_of(self, tables: EmbeddingTables) -> None:
+        """Switch rounding on and off as it was saved; scales stay as they are."""
+        if self.unrounded is not None:
+            for name, store in stores_of(tables):
+                if store.is_unrounded != (name in self.unrounded):
+                    store.rounding = name not in self.unrounded
 
     def owns(self, name: str) -> bool:
         """Whether a tensor of the checkpoint belongs to the group."""
         return name.startswith(self.prefix)
+
+
+def stores_of(tables: EmbeddingTables) -> list[tuple[str, RowStore]]:
+    """The row stores in tables, by name."""
+    return [(name, module) for name, module in tables.named_modules() if isinstance(module, RowStore)]
 
 
 def saved_groups(checkpoint: Checkpoint) -> list[SavedGroup]:
@@ -53,7 +78,7 @@ def saved_groups(checkpoint: Checkpoint) -> list[SavedGroup]:
             empty.check_state(state)
         except IncompatibleStateError as error:
             raise IncompatibleStateError(f"{checkpoint.weights_file} contradicts itself: {error}") from error
-        groups.append(SavedGroup(prefix, get(raw, "frozen", bool, file), empty, state))
+        groups.append(SavedGroup(prefix, get(raw, "frozen", bool, file), empty, state, _unrounded(raw, empty, file)))
     if not groups:
         raise IncompatibleStateError(f"{file} describes no group of tables")
     return groups
@@ -72,6 +97,15 @@ def _empty_tables(raw: Any, file: Path) -> EmbeddingTables:
         raise
     except (EmbcompError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise IncompatibleStateError(f"{file} describes tables that can't be built: {error}") from error
+
+
+def _unrounded(raw: Any, empty: EmbeddingTables, file: Path) -> list[str] | None:
+    if empty.is_final or "unrounded" not in raw:
+        return None
+    names, known = get(raw, "unrounded", list, file), [name for name, _ in stores_of(empty)]
+    if any(name not in known for name in names):
+        raise IncompatibleStateError(f"{file}: 'unrounded' must be some of {known}, found {reprlib.repr(names)}")
+    return names
 
 
 def compare_states(
@@ -181,6 +215,7 @@ def load_compressed(model: nn.Module, saved: Sequence[SavedGroup], checkpoint: C
         if by_prefix[prefix].empty.is_final:
             tables.finalize_()
         tables.load_state_dict(by_prefix[prefix].state, assign=any(p.is_meta for p in tables.parameters()))
+        by_prefix[prefix].set_rounding_of(tables)
         tables.load_front_(by_prefix[prefix].empty.front_state())
     model.load_state_dict(rest, strict=False, assign=any(tensor.is_meta for tensor in expected.values()))
     return list(groups.values())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from embcomp._checkpoint import read_checkpoint, write_checkpoint
-from embcomp._restore import load_compressed, load_plain, saved_groups
+from embcomp._restore import load_compressed, load_plain, saved_groups, stores_of
 from embcomp.budget import Plan
 from embcomp.config import config_to_dict
 from embcomp.errors import IncompatibleStateError
@@ -32,8 +32,9 @@ def save_pretrained(module: nn.Module | Compression, folder: str | Path) -> Path
     """Save tables, or a model with all its weights, into a folder.
 
     The form is saved that the tables have: `finalize_` first to save what serves, or save the training form to go on
-    with, which keeps its front of sizes. Optimizer state is not saved. An older checkpoint in the folder is replaced
-    atomically. One process may save to a folder at a time.
+    with, which keeps its front of sizes, and whether rows are rounded (`EmbeddingTables.set_rounding_`). Optimizer
+    state is not saved. An older checkpoint in the folder is replaced atomically. One process may save to a folder at a
+    time.
 
     Args:
         module: `EmbeddingTables`, a model with compressed tables, or what `compress_` returned.
@@ -137,6 +138,7 @@ def _describe(prefix: str, tables: EmbeddingTables) -> dict[str, Any]:
         "serve_bytes": report.serve_bytes,
         "full_bytes": report.full_bytes,
         **({} if front is None else {"front": front}),
+        **({} if tables.is_final else {"unrounded": [name for name, own in stores_of(tables) if own.is_unrounded]}),
     }
 
 

@@ -21,6 +21,7 @@ import embcomp
 from embcomp import _checkpoint
 from embcomp._checkpoint import CONFIG
 from embcomp.integrations.export.files import whole_file
+from embcomp.storage import RowStore
 
 ROOT = Path(__file__).resolve().parents[1]
 IDS = torch.tensor([1, 5, 0, 19])
@@ -56,6 +57,26 @@ FUSED = {"fused": {"a": 10, "b": 20}}
 def compressed(strategy="hash", budget="50%", **options):
     model = Model(**options)
     return embcomp.compress_(model, strategy, budget, fused=FUSED, verbose=False)
+
+
+def of_rows(rows, is_rounding):
+    """A compressed model, trained as far as its spans are of odd sizes."""
+    torch.manual_seed(1)
+    model = compressed(embcomp.HashConfig(rows=rows)).model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.0 + 0.1 * torch.rand_like(parameter))
+    return set_rounding_(model, is_rounding)
+
+
+def set_rounding_(model, enabled):
+    for group in model.embcomp_tables:
+        group.set_rounding_(enabled)
+    return model
+
+
+def unrounded(model):
+    return [name for name, module in model.named_modules() if isinstance(module, RowStore) and module.is_unrounded]
 
 
 def tables(strategy="hash", budget="50%", *sizes):
@@ -184,6 +205,30 @@ class TestModels:
             fresh = Model()
         embcomp.load_pretrained_(fresh, tmp_path, verbose=False)
         assert torch.equal(fresh(IDS), model(IDS))
+
+    @pytest.mark.parametrize("rows", ["int4:column", "int4:row", "float16", "int4:column:after"])
+    @pytest.mark.parametrize("target", ["plain", "compressed", "switched off"])
+    @pytest.mark.parametrize("is_rounding", [False, True])
+    def test_bug_rounding_that_was_switched_off_stays_off(self, is_rounding, target, rows, tmp_path):
+        """It was on again after loading, so that training went on otherwise, without a word."""
+        model = of_rows(rows, is_rounding)
+        embcomp.save_pretrained(model, tmp_path)
+        other = Model() if target == "plain" else of_rows(rows, target != "switched off")
+        embcomp.load_pretrained_(other, tmp_path, verbose=False)
+        assert unrounded(other) == unrounded(model)
+        assert bool(unrounded(model)) == (not is_rounding and not rows.endswith("after"))
+        assert torch.equal(other(IDS), model(IDS))
+        assert same(set_rounding_(other, True), set_rounding_(model, True))  # scales too, which are fitted now
+        assert torch.equal(other(IDS), model(IDS))
+
+    @pytest.mark.parametrize("is_rounding", [False, True])
+    def test_checkpoints_that_do_not_tell_of_rounding_leave_it_as_it_is(self, is_rounding, tmp_path):
+        embcomp.save_pretrained(of_rows("int4:column", False), tmp_path)
+        groups = json.loads((tmp_path / CONFIG).read_text())["groups"]
+        edit(tmp_path, groups=[{key: value for key, value in group.items() if key != "unrounded"} for group in groups])
+        other, expected = of_rows("int4:column", is_rounding), unrounded(of_rows("int4:column", is_rounding))
+        assert unrounded(embcomp.load_pretrained_(other, tmp_path, verbose=False).model) == expected
+        assert not unrounded(embcomp.load_pretrained_(Model(), tmp_path, verbose=False).model)
 
     @pytest.mark.parametrize(
         "make", [lambda: nn.Embedding(50, 4), lambda: nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, 1))]
@@ -422,6 +467,12 @@ DAMAGES = {
         "num_embeddings=0",
     ),
     "spec field unknown": (lambda f: change_group(f, specs=[{"name": "t0", "x": 1}]), "can't be built"),
+    "rounding of no store": (
+        lambda f: change_group(f, unrounded=["row"]),
+        r"must be some of \['rows'\], found \['row'\]",
+    ),
+    "rounding of odd type": (lambda f: change_group(f, unrounded=False), "'unrounded' must be a list, found False"),
+    "rounding of an object": (lambda f: change_group(f, unrounded=[{}]), r"must be some of"),
     "tensor missing": (lambda f: change_weights(f, **{"rows.weight": None}), r"lacks 'rows\.weight'"),
     "tensor too much": (lambda f: change_weights(f, x=torch.ones(1)), "has besides 'x'"),
     "tensor of another shape": (

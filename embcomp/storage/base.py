@@ -49,7 +49,12 @@ class RowStore(nn.Module):
     Args:
         segments: rows in each segment; their sum is R.
         dim: values per row, d.
+
+    Attributes:
+        rounding: whether lookups round rows to what will be served, where the format has them do so in training.
     """
+
+    rounding = True
 
     def __init__(self, segments: Sequence[int], dim: int) -> None:
         super().__init__()
@@ -116,6 +121,11 @@ class RowStore(nn.Module):
 
     def set_rounding(self, enabled: bool) -> None:
         """Whether lookups round rows to what will be served; switched on again, learned scales start from the rows."""
+
+    @property
+    def is_unrounded(self) -> bool:
+        """Whether rounding was switched off by `set_rounding`."""
+        return not self.rounding
 
     def finalize(self) -> RowStore:
         """Return the serving form: no gradients, smallest bytes, the same vectors as evaluation of this form."""

@@ -117,6 +117,10 @@ class QuantizedRows(MatrixRows):
             self.fit_scales_()
         self.rounding = enabled
 
+    @property
+    def is_unrounded(self) -> bool:
+        return self.row_format.aware and not self.rounding
+
     @torch.no_grad()
     def finalize(self) -> RowStore:
         self.set_rounding(self.row_format.aware)
