@@ -33,10 +33,17 @@ def add_arguments(part: argparse.ArgumentParser) -> None:
     )
     part.add_argument("--budget", help="such as 10%% 64MiB 20x, of all tables together; needed unless --set says sizes")
     part.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the checkpoint goes")
-    part.add_argument("--table", nargs="+", default=[], metavar="NAME", help=weights.RULE.replace("%", "%%"))
+    part.add_argument(
+        "--table", nargs="+", action="extend", default=[], metavar="NAME", help=weights.RULE.replace("%", "%%")
+    )
     part.add_argument("--counts", type=Path, metavar="FILE", help="how often ids occur: .safetensors by table, or .npy")
     part.add_argument(
-        "--set", nargs="+", default=[], metavar="OPTION=VALUE", help="options of the strategy, such as rows=int8 seed=3"
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="options of the strategy, such as rows=int8 seed=3",
     )
     part.add_argument(
         "--memory",
@@ -122,5 +129,5 @@ def _option(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--set {text!r}: write OPTION=VALUE, such as rows=int8")
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value

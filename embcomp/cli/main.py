@@ -25,20 +25,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, or 2 if what was asked for is not possible; the message is on the standard error then; 1 if
-        nobody read what was printed.
+        nobody read what was printed; 130 if it was interrupted, as shells have it.
     """
     given = _parser().parse_args(arguments)
     try:
         found, text = given.run(given)
-    except EmbcompError as error:
-        print(f"embcomp {given.command}: {error}", file=sys.stderr)
-        return 2
+    except (EmbcompError, OSError) as error:  # of the system: paths that can't be asked about, which it names
+        return _failed(given, str(error), 2)
+    except KeyboardInterrupt:
+        return _failed(given, "interrupted", 130)
     try:
         print(json.dumps(_plain(found), indent=1, allow_nan=False) if given.json else text(found), flush=True)
-    except BrokenPipeError:  # the reader, such as head, has enough
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python flushes what is left at its end
-        return 1
+        if isinstance(error, BrokenPipeError):  # the reader, such as head, has enough
+            return 1
+        return _failed(given, f"what was found can't be printed ({error})", 2)
     return 0
+
+
+def _failed(given: argparse.Namespace, message: str, code: int) -> int:
+    print(f"embcomp {given.command}: {message}", file=sys.stderr)
+    return code
 
 
 def _plain(found: Any) -> Any:
@@ -56,7 +64,8 @@ _Answer = tuple[commands.Found, Callable[[commands.Found], str]]
 def _plan(given: argparse.Namespace) -> _Answer:
     for name in given.strategy:
         get_strategy(name)
-    found = commands.plan_tables(given.tables, given.budget, given.strategy, given.dim, given.processes, given.table)
+    budgets = given.budget or ["10%"]  # no default of the option, which would be one more
+    found = commands.plan_tables(given.tables, budgets, given.strategy, given.dim, given.processes, given.table)
     return found, commands.plan_text
 
 
@@ -83,9 +92,10 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = parts.add_parser("plan", help="bytes of tables with several strategies, before anything is built")
     plan.add_argument("tables", type=Path, metavar="TABLES", help=sources.HELP)
-    plan.add_argument("--budget", nargs="+", default=["10%"], help="such as 10%% 64MiB 20x; default: 10%%")
-    plan.add_argument("--strategy", nargs="+", default=[], metavar="NAME", help="default: all")
-    plan.add_argument("--table", nargs="+", default=[], metavar="NAME", help=f"in a file of weights, {weights.RULE}")
+    several: dict[str, Any] = {"nargs": "+", "action": "extend"}
+    plan.add_argument("--budget", **several, help="such as 10%% 64MiB 20x; default: 10%%")
+    plan.add_argument("--strategy", **several, default=[], metavar="NAME", help="default: all")
+    plan.add_argument("--table", **several, default=[], metavar="NAME", help=f"in a file of weights, {weights.RULE}")
     plan.add_argument("--dim", type=int, help="dimension of tables of which TABLES does not say it")
     plan.add_argument(
         "--processes", type=int, metavar="N", help="say also what each of N processes holds where rows are sharded"

@@ -118,6 +118,16 @@ def test_counts_weigh_errors(tmp_path, file, weights, run):
     assert again["relative_error"] == weighted["relative_error"]
 
 
+def test_bug_of_options_that_were_repeated_the_last_was_taken(tmp_path, weights, run):
+    save_file(weights | {"other": torch.ones(9, 2)}, tmp_path / "w.safetensors")
+    tables = ("--table", "tables.user", "--table", "tables.item")
+    code, _, _ = run(tmp_path / "w.safetensors", *tables, "--strategy", "full", "--set", "rows=int8", "--set", "seed=3")
+    assert code == 0
+    assert set(loaded(tmp_path)) == {"tables.user", "tables.item"}
+    config = loaded(tmp_path)["tables.user"].config
+    assert (config.rows, config.seed) == ("int8", 3)
+
+
 def test_an_older_checkpoint_is_replaced_whole(tmp_path, file, run):
     run(file, "--strategy", "full")
     run(file, "--strategy", "hash", "--budget", "10%")
@@ -136,6 +146,8 @@ def test_an_older_checkpoint_is_replaced_whole(tmp_path, file, run):
         (("--strategy", "hash", "--budget", "10%", "--set", "num_hashs=2"), "did you mean 'num_hashes'"),
         (("--strategy", "hash", "--budget", "10%", "--set", "seed=x"), "must be int, not str"),
         (("--strategy", "hash", "--budget", "10%", "--set", "seed=3", "seed=4"), "an option is there twice"),
+        (("--strategy", "hash", "--budget", "10%", "--set", "seed=3", "--set", "seed=4"), "an option is there twice"),
+        (("--strategy", "hash", "--budget", "10%", "--set", "seed=" + "[" * 200_000), "must be int, not str"),
         (("--strategy", "nested", "--budget", "10%", "--memory", "1kB"), "needs all rows at once"),
         (("--budget", "10%", "--memory", "10%"), "give bytes, such as 8GiB"),
         (("--budget", "10%", "--table", "tables.usr"), "did you mean 'tables.user.weight'"),
