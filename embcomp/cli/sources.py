@@ -22,7 +22,8 @@ _OPTIONS = (*_SIZE, *_DIM, "padding_idx")
 
 HELP = (
     ".yaml or .json: {dim: 16, tables: {user: 1000000, item: {size: 5000, dim: 8}}}, where a vocabulary (a mapping or "
-    "list of values) may stand for its size; .csv or .tsv with columns table, size and, if you like, dim; "
+    "list of values) may stand for its size: the number of values, or where they have distinct indices that begin with "
+    "0, 1 or 2, the rows up to the last index; .csv or .tsv with columns table, size and, if you like, dim; "
     ".safetensors, .npy or .pt with weights; or a folder that save_pretrained has written"
 )
 
@@ -53,10 +54,13 @@ def read_specs(path: Path, dim: int | None = None, patterns: Sequence[str] = ())
         specs = reader(path, dim)
     except EmbcompError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SpecError(f"{path} can't be read: {error}; tables come from {HELP}") from error
     if not specs:
         raise SpecError(f"{path} describes no table; tables come from {HELP}")
+    twice = _twice([spec.name for spec in specs])
+    if twice is not None:
+        raise SpecError(f"{path}: table {twice!r} is there twice: leave one of them out, or rename it")
     return specs
 
 
@@ -73,7 +77,7 @@ def _of_json(path: Path, dim: int | None) -> list[TableSpec]:
         _check_keys([key for key, _ in pairs], path)
         return dict(pairs)
 
-    return _of_mapping(json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=whole), path, dim)
+    return _of_mapping(json.loads(_text(path), object_pairs_hook=whole), path, dim)
 
 
 def _of_yaml(path: Path, dim: int | None) -> list[TableSpec]:
@@ -83,21 +87,34 @@ def _of_yaml(path: Path, dim: int | None) -> list[TableSpec]:
         raise MissingDependencyError(f"{path}: to read YAML, pip install pyyaml; or write it as JSON") from error
 
     class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
+        def construct_document(self, node: Any) -> Any:
+            self.deep_construct = True  # refuses what holds itself
+            return super().construct_document(node)
+
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             _check_keys([key.value for key, _ in node.value if isinstance(key.value, str)], path)
             return super().construct_mapping(node, deep)
 
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        content = yaml.load(_text(path), Loader)
     except yaml.YAMLError as error:
         raise SpecError(f"{path} is no YAML: {error}") from error
     return _of_mapping(content, path, dim)
 
 
+def _text(path: Path) -> str:
+    """UTF-8, before which some editors write a mark."""
+    return path.read_text(encoding="utf-8-sig")
+
+
 def _check_keys(keys: Sequence[str], path: Path) -> None:
-    if len(set(keys)) < len(keys):
-        twice = next(key for key, number in Counter(keys).items() if number > 1)
+    twice = _twice(keys)
+    if twice is not None:
         raise SpecError(f"{path}: {twice!r} is there twice in one mapping: leave one of them out")
+
+
+def _twice(names: Sequence[str]) -> str | None:
+    return next((name for name, number in Counter(names).items() if number > 1), None)
 
 
 def _of_mapping(content: Any, path: Path, dim: int | None) -> list[TableSpec]:
@@ -112,10 +129,14 @@ def _of_mapping(content: Any, path: Path, dim: int | None) -> list[TableSpec]:
                 f"{', '.join(map(str, content))}; tables come from {HELP}"
             )
         dim, content = _first(content, _DIM, dim), content["tables"]
-    return [_spec(str(name), value, dim, path) for name, value in content.items()]
+    return [_spec(name, value, dim, path) for name, value in content.items()]
 
 
-def _spec(name: str, value: Any, dim: int | None, path: Path) -> TableSpec:
+def _spec(name: Any, value: Any, dim: int | None, path: Path) -> TableSpec:
+    if not isinstance(name, str):
+        raise SpecError(
+            f"{path}: {name!r} is no name of a table, which is a string: write it in quotes, as YAML has it"
+        )
     if isinstance(value, Mapping) and not _is_vocabulary(value, name, path):
         padding = value.get("padding_idx")
         return TableSpec(name, _first(value, _SIZE), _dim(_first(value, _DIM, dim), name, path), padding)
@@ -125,7 +146,7 @@ def _spec(name: str, value: Any, dim: int | None, path: Path) -> TableSpec:
 
 def _is_vocabulary(value: Mapping[str, Any], name: str, path: Path) -> bool:
     """Whether a mapping is of values, some of which may be called like options, and not of options."""
-    strange = [key for key in value if key not in _OPTIONS]
+    strange = [str(key) for key in value if key not in _OPTIONS]
     if _first(value, _SIZE) is None or (strange and _counts_up(value)):
         return True
     if strange:
@@ -134,30 +155,36 @@ def _is_vocabulary(value: Mapping[str, Any], name: str, path: Path) -> bool:
 
 
 def _counts_up(vocabulary: Mapping[str, Any]) -> bool:
-    """Whether values have indices without a gap, before which there may be those of padding and of unseen values."""
+    """Whether values have indices without a gap."""
+    return _has_indices(vocabulary) and max(vocabulary.values()) - min(vocabulary.values()) + 1 == len(vocabulary)
+
+
+def _has_indices(vocabulary: Mapping[str, Any]) -> bool:
+    """Whether values have indices, before which there may be those of padding and of unseen values; no counts."""
     numbers = list(vocabulary.values())
-    if not all(type(number) is int for number in numbers):
+    if not numbers or not all(type(number) is int for number in numbers):
         return False
-    first = min(numbers)
-    return 0 <= first <= 2 and sorted(numbers) == list(range(first, first + len(numbers)))
+    return 0 <= min(numbers) <= 2 and len(set(numbers)) == len(numbers)
 
 
 def _rows_of(vocabulary: Mapping[str, Any] | list[Any]) -> int:
-    """V: up to the last index, where values have indices."""
-    if isinstance(vocabulary, Mapping) and vocabulary and _counts_up(vocabulary):
+    """V: up to the last index, where values have indices, as an index is a row though others have gone."""
+    if isinstance(vocabulary, Mapping) and _has_indices(vocabulary):
         return max(vocabulary.values()) + 1
     return len(vocabulary)
 
 
 def _of_columns(path: Path, dim: int | None) -> list[TableSpec]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         known = rows.fieldnames or []
         if not any(name in known for name in _NAME) or not any(name in known for name in _SIZE):
             raise SpecError(f"{path} has columns {', '.join(known) or 'none'}; it needs table and size")
         specs = []
         for row in rows:
-            name, own = str(_first(row, _NAME)), _first(row, _DIM) or dim
+            name, own = _first(row, _NAME), _first(row, _DIM) or dim
+            if name is None:
+                raise SpecError(f"{path}: line {rows.line_num} does not name its table")
             specs.append(TableSpec(name, _int(_first(row, _SIZE), "size", name, path), _dim(own, name, path)))
         return specs
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,6 +55,8 @@ def test_lists_of_tables_are_read(tmp_path, name):
         ({"dim": 2, "size": 3, "x": 4}, 5),  # after a padding and an unseen value
         ({"de": 1, "fr": 2}, 3),
         ({"de": 812, "fr": 64}, 2),  # counts
+        ({"de": 1, "fr": 1, "it": 7}, 3),  # counts
+        ({"de": 0, "fr": 5, "it": 9}, 10),  # those in between have gone, and row 9 is there
         (["size", "rows"], 2),
         ({"size": 7, "dim": 4}, 7),
     ],
@@ -247,6 +250,14 @@ def test_strategies_lists_what_each_can(capsys):
         ("t.json", '{"dim": 16, "user": 5000}', "beside 'tables', a mapping of them, there is the dimension"),
         ("t.json", '{"tables": {"user": 5000}, "item": 50}', "nothing else; found tables, item"),
         ("t.yaml", "dim: 16\ntables: [user, item]\n", "found dim, tables"),
+        ("t.csv", "table,size,dim\nuser,100,8\nuser,50,4\n", "table 'user' is there twice"),
+        ("t.csv", "table,size,dim\nuser,100,8\n,50,4\n", "line 3 does not name its table"),
+        ("t.yaml", "dim: 16\ntables:\n  yes: 100\n  no: 3\n", "True is no name of a table"),
+        ("t.yaml", "dim: 16\ntables:\n  010: 100\n", "8 is no name of a table, which is a string: write it in quotes"),
+        ("t.yaml", "dim: 16\ntables: {user: {size: 50, 3: 8}}\n", "table 'user' has the option '3'"),
+        ("t.yaml", "dim: 16\ntables: &all\n  user: *all\n", "recursive"),
+        ("t.yaml", "dim: 16\ntables: {user: " + "[" * 5000, "can't be read"),
+        ("t.json", "[" * 200_000, "can't be read"),
     ],
 )
 def test_wrong_sources_are_errors_that_say_what_would_be_right(tmp_path, capsys, name, content, message):
@@ -256,6 +267,27 @@ def test_wrong_sources_are_errors_that_say_what_would_be_right(tmp_path, capsys,
     assert (code, text) == (2, "")
     assert message in error
     assert str(path) in error or "user" in error
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_bug_a_byte_order_mark_was_part_of_the_first_name(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + SOURCES[name].encode())
+    assert [spec.name for spec in read_specs(tmp_path / name, dim=16)] == ["user", "item", "country"]
+
+
+def test_bug_of_an_option_that_was_repeated_the_last_was_taken(tmp_path, capsys):
+    save_file({name: torch.zeros(30, 4) for name in "abc"}, tmp_path / "w.safetensors")
+    repeated = ("--table", "a", "--table", "b", "--strategy", "hash", "--strategy", "full", "low_rank")
+    code, text, _ = run(
+        capsys, "plan", tmp_path / "w.safetensors", *repeated, "--budget", "50%", "--budget", "90%", "--json"
+    )
+    found = json.loads(text)
+    assert code == 0
+    assert [row["table"] for row in found["tables"]] == ["a", "b"]
+    assert [row["strategy"] for row in found["strategies"]] == ["hash", "full", "low_rank"]
+    assert [[own["budget"] for own in row["budgets"]] for row in found["strategies"]] == [["50%", "90%"]] * 3
+    found = json.loads(run(capsys, "plan", tmp_path / "w.safetensors", "--strategy", "hash", "--json")[1])
+    assert [own["budget"] for own in found["strategies"][0]["budgets"]] == ["10%"]
 
 
 def test_code_in_a_pickle_is_not_run(tmp_path):
@@ -286,6 +318,23 @@ def test_bug_a_reader_that_has_enough_is_no_traceback(tmp_path):
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_bug_output_that_can_not_be_written_was_a_traceback():
+    command = [sys.executable, "-m", "embcomp.cli", "strategies"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("embcomp strategies: what was found can't be printed (")
+    assert done.stderr.count("\n") == 1
+
+
+def test_bug_paths_that_can_not_be_asked_about_were_tracebacks(tmp_path, capsys):
+    for command in ("plan", "inspect"):
+        code, _, error = run(capsys, command, tmp_path / ("a" * 300))
+        assert code == 2
+        assert error.startswith(f"embcomp {command}: ")
 
 
 def test_it_runs_as_a_module_and_says_what_it_can():
