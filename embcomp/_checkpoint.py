@@ -37,6 +37,8 @@ EXPORTING = f"{TEMPORARY}export-"
 _WEIGHTS = re.compile(r"model-([0-9a-f]{16})\.safetensors")
 _EXPORTING = re.compile(re.escape(EXPORTING) + r"[a-z0-9_]{8}")
 _UNFINISHED = re.compile(re.escape(TEMPORARY) + r"[0-9]+-[0-9a-f]{8}")
+_READS = 10
+"""How often a checkpoint is read, while other processes replace it, before it is taken for one that lacks a file."""
 LEFT_OVER = 3600
 """Seconds after which a file that no config names is taken for what a killed save left behind."""
 
@@ -67,7 +69,8 @@ class Checkpoint:
 def write_checkpoint(folder: Path, content: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> Path:
     """Write weights, then the config that names them, then the card.
 
-    The config's replacement is the one moment at which the old checkpoint becomes the new one.
+    The config's replacement is the one moment at which the old checkpoint becomes the new one. The old one's card goes
+    before that, so that no card is ever beside a checkpoint of which it does not speak.
 
     Raises:
         WriteError: if a file can't be written; the older checkpoint is there then, or the new one, whole.
@@ -87,8 +90,12 @@ def write_checkpoint(folder: Path, content: Mapping[str, Any], tensors: Mapping[
         named = {"weights": {"file": weights.name, "bytes": size, "sha256": digest}}
         text = json.dumps(sealed(head | named | dict(content)), indent=2, allow_nan=False)
         older = _named_weights(folder)
-        _replace_text(folder / CONFIG, text + "\n", temporary)
-        _write_card(folder / "README.md", card, temporary)
+        _write_text(temporary, text + "\n")
+        has_own_card = _make_room(folder / "README.md", card)
+        _replace(folder / CONFIG, temporary)
+        if has_own_card:
+            _write_text(temporary, card)
+            _replace(folder / "README.md", temporary)
         _remove_older(folder, weights.name, older)
     except (OSError, SafetensorError) as error:
         raise WriteError(f"{folder} can't be written ({error}): make room, or choose a folder that can") from error
@@ -108,21 +115,44 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read and check a checkpoint.
 
+    Another process that saves meanwhile removes the weights of the config that was read: then it is read again.
+
     Raises:
         IncompatibleStateError: if it is missing, corrupt, truncated, foreign or from the future.
     """
     config_file = folder / CONFIG
-    content = read_config(config_file)
-    weights = get(content, "weights", dict, config_file)
-    name = get(weights, "file", str, config_file)
+    for _ in range(_READS):
+        content = read_config(config_file)
+        file = _weights_file(config_file, content)
+        try:
+            return _read(config_file, file, content)
+        except FileNotFoundError as error:
+            missing = error
+            if not file.is_file() and read_config(config_file) == content:
+                break
+    raise IncompatibleStateError(f"{file} is missing, which {CONFIG} beside it names: copy it too") from missing
+
+
+def _weights_file(config_file: Path, content: Mapping[str, Any]) -> Path:
+    name = get(get(content, "weights", dict, config_file), "file", str, config_file)
     if Path(name).name != name or not name.endswith(".safetensors"):
         raise IncompatibleStateError(f"{config_file}: weights file {name!r} must be a .safetensors file of the folder")
-    file = folder / name
-    _check_weights(file, get(weights, "bytes", int, config_file), get(weights, "sha256", str, config_file))
+    return config_file.parent / name
+
+
+def _read(config_file: Path, file: Path, content: dict[str, Any]) -> Checkpoint:
+    """Read the weights of a config; `FileNotFoundError` says that they are not there."""
+    weights = get(content, "weights", dict, config_file)
+    size, digest = get(weights, "bytes", int, config_file), get(weights, "sha256", str, config_file)
     try:
+        _check_weights(file, size, digest)
         tensors = safetensors.torch.load_file(file)
-    except (SafetensorError, OSError) as error:
+    except FileNotFoundError:
+        raise
+    except SafetensorError as error:
         raise IncompatibleStateError(f"{file} is not a safetensors file: {error}") from error
+    except OSError as error:
+        raise IncompatibleStateError(f"{file} can't be read: {error}") from error
     for name, same in get(content, "aliases", dict, config_file).items():
         if not isinstance(same, str) or same not in tensors:
             raise IncompatibleStateError(f"{config_file}: {name!r} is said to equal {same!r}, which {file} lacks")
@@ -177,7 +207,7 @@ def _refuse(constant: str) -> None:
 
 def _check_weights(file: Path, size: int, digest: str) -> None:
     if not file.is_file():
-        raise IncompatibleStateError(f"{file} is missing, which {CONFIG} beside it names: copy it too")
+        raise FileNotFoundError(file)
     found = file.stat().st_size
     if found != size:
         raise IncompatibleStateError(f"{file} is truncated or not the saved file: it has {found} B, expected {size} B")
@@ -210,18 +240,29 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _replace_text(file: Path, text: str, temporary: Path) -> None:
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
+def _write_text(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
+    sync(file)
+
+
+def _replace(file: Path, temporary: Path) -> None:
     os.replace(temporary, file)
     sync(file.parent)
 
 
-def _write_card(file: Path, card: str, temporary: Path) -> None:
-    """Write the card, but never over somebody else's README."""
-    mark = card.split("\n", 1)[0]
-    if not file.exists() or file.read_text(encoding="utf-8", errors="replace").startswith(mark):
-        _replace_text(file, card, temporary)
+def _make_room(file: Path, card: str) -> bool:
+    """Remove the card of an older checkpoint; say whether a new one may be written: not over somebody else's README."""
+    if not os.path.lexists(file):
+        return True
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # a folder, a link to nowhere, or what may not be read
+        return False
+    if not text.startswith(card.split("\n", 1)[0]):
+        return False
+    file.unlink()
+    sync(file.parent)
+    return True
 
 
 def _named_weights(folder: Path) -> str | None:

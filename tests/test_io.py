@@ -120,6 +120,48 @@ def same(one, other):
     return mine.keys() == others.keys() and all(torch.equal(mine[name], others[name]) for name in mine)
 
 
+def is_saved_until(step, group, folder, monkeypatch):
+    """Save in a process that dies at a step of all that it does to files; whether it came to the end before."""
+    steps = iter(range(100))
+
+    def dying(act):
+        def run(*args, **kwargs):
+            if next(steps) == step:
+                raise KeyboardInterrupt
+            return act(*args, **kwargs)
+
+        return run
+
+    with monkeypatch.context() as patch:
+        for module, name in [
+            (_checkpoint.safetensors.torch, "save_file"),
+            (_checkpoint.os, "replace"),
+            (_checkpoint.os, "fsync"),
+            (_checkpoint, "_digest"),
+            (_checkpoint.Path, "write_text"),
+            (_checkpoint.Path, "unlink"),
+            (_checkpoint, "_remove_older"),
+        ]:
+            patch.setattr(module, name, dying(getattr(module, name)))
+        try:
+            embcomp.save_pretrained(group, folder)
+        except KeyboardInterrupt:
+            return False
+    return True
+
+
+def before(name, act, monkeypatch):
+    """Do something before every step of loading that has such a name."""
+    module = _checkpoint if hasattr(_checkpoint, name) else _checkpoint.safetensors.torch
+    load = getattr(module, name)
+
+    def run(*args):
+        act()
+        return load(*args)
+
+    monkeypatch.setattr(module, name, run)
+
+
 class TestTables:
     @pytest.mark.parametrize("final", [False, True])
     @pytest.mark.parametrize("strategy", embcomp.list_strategies())
@@ -339,39 +381,69 @@ class TestFolder:
         assert "not yours" in caplog.text
         assert same(embcomp.from_pretrained(tmp_path), new)
 
-    @pytest.mark.parametrize("step", range(16))
+    @pytest.mark.parametrize("step", range(20))
     def test_a_save_that_dies_at_any_step_leaves_the_old_or_the_new(self, step, tmp_path, monkeypatch):
         old, new = tables(), tables(budget="20%")
         embcomp.save_pretrained(old, tmp_path)
-        steps = iter(range(100))
-
-        def dying(act):
-            def run(*args, **kwargs):
-                if next(steps) == step:
-                    raise KeyboardInterrupt
-                return act(*args, **kwargs)
-
-            return run
-
-        for module, name in [
-            (_checkpoint.safetensors.torch, "save_file"),
-            (_checkpoint.os, "replace"),
-            (_checkpoint.os, "fsync"),
-            (_checkpoint, "_digest"),
-            (_checkpoint.Path, "write_text"),
-            (_checkpoint, "_remove_older"),
-        ]:
-            monkeypatch.setattr(module, name, dying(getattr(module, name)))
-        try:
-            embcomp.save_pretrained(new, tmp_path)
-            done = True
-        except KeyboardInterrupt:
-            done = False
-        monkeypatch.undo()
+        done = is_saved_until(step, new, tmp_path, monkeypatch)
         loaded = embcomp.from_pretrained(tmp_path)
         assert same(loaded, new) or (same(loaded, old) and not done)
         assert not list(tmp_path.glob(f"{_checkpoint.TEMPORARY}*"))
-        assert done == (step >= 14)
+        assert done == (step >= 18)
+
+    @pytest.mark.parametrize("step", range(18))
+    def test_bug_no_card_speaks_of_another_checkpoint(self, step, tmp_path, monkeypatch):
+        """One that died between the config and the card left the new checkpoint with the bytes of the old one."""
+        cards = {}
+        for budget in ("50%", "20%"):
+            folder = embcomp.save_pretrained(tables(budget=budget), tmp_path / budget)
+            cards[(folder / CONFIG).read_text()] = (folder / "README.md").read_text()
+        is_saved_until(step, tables(budget="20%"), tmp_path / "50%", monkeypatch)
+        card = tmp_path / "50%" / "README.md"
+        assert not card.exists() or card.read_text() == cards[(tmp_path / "50%" / CONFIG).read_text()]
+        embcomp.save_pretrained(tables(budget="20%"), tmp_path / "50%")
+        assert card.read_text() == (tmp_path / "20%" / "README.md").read_text()
+
+    @pytest.mark.parametrize("what", ["folder", "link"])
+    def test_bug_a_readme_that_is_no_file_is_left_alone(self, what, tmp_path):
+        """A folder of that name was an error after the checkpoint was written, and a link was written over."""
+        file = tmp_path / "README.md"
+        if what == "folder":
+            file.mkdir()
+        else:
+            file.symlink_to("nowhere")
+        embcomp.save_pretrained(tables(), tmp_path)
+        assert file.is_dir() if what == "folder" else file.is_symlink()
+        assert same(embcomp.from_pretrained(tmp_path), tables())
+
+    @pytest.mark.parametrize("where", ["_check_weights", "load_file"])
+    @pytest.mark.parametrize("saves", [["new"], ["new old"], ["new", "old"]])
+    def test_bug_one_can_load_while_another_saves(self, saves, where, tmp_path, monkeypatch):
+        """Weights that a save removed between config and weights were told to be missing, or no safetensors file."""
+        made = {"old": tables(), "new": tables(budget="20%")}
+        embcomp.save_pretrained(made["old"], tmp_path)
+        left = saves.copy()
+
+        def saving():
+            for name in left.pop(0).split() if left else ():
+                embcomp.save_pretrained(made[name], tmp_path)
+
+        before(where, saving, monkeypatch)
+        assert same(embcomp.from_pretrained(tmp_path), made[saves[-1].split()[-1]])
+        assert not left
+
+    def test_loading_gives_up_where_weights_are_never_there(self, tmp_path, monkeypatch):
+        made, calls = [tables(), tables(budget="20%")], []
+        embcomp.save_pretrained(made[0], tmp_path)
+
+        def saving():
+            calls.append(1)
+            embcomp.save_pretrained(made[len(calls) % 2], tmp_path)
+
+        before("_check_weights", saving, monkeypatch)
+        with pytest.raises(embcomp.IncompatibleStateError, match=r"model-\w+\.safetensors is missing"):
+            embcomp.from_pretrained(tmp_path)
+        assert len(calls) == _checkpoint._READS
 
     def test_a_full_disk_is_an_error_that_names_the_folder_and_leaves_the_old(self, tmp_path, full_disk):
         old = tables()
