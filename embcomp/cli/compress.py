@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +16,9 @@ from torch import nn
 
 from embcomp.budget import Budget
 from embcomp.cli import weights
-from embcomp.cli.progress import progress_bar
+from embcomp.cli.progress import BYTES, progress_bar
 from embcomp.config import config_to_dict, make_config
-from embcomp.errors import ConfigError, InputError
+from embcomp.errors import ConfigError, InputError, WriteError
 from embcomp.io import save_pretrained
 from embcomp.memory import format_bytes, sum_reports
 from embcomp.post_training import WHOLE_BYTES, compress_tables, relative_error
@@ -74,16 +78,18 @@ def compress(given: argparse.Namespace) -> Found:
         raise InputError(f"{given.output} is a file: -o takes a folder, which may be a checkpoint that is replaced")
     if given.output.resolve() == given.weights.resolve().parent:
         raise InputError(f"{given.weights} lies in {given.output}, where checkpoints are replaced: give another folder")
-    with progress_bar("reading", unit="B", unit_scale=True, unit_divisor=1024) as watch:
-        read = weights.read_weights(given.weights, given.table, watch)
-        specs = [TableSpec(name, *rows.shape) for name, rows in read.tables.items()]
-        counts = {} if given.counts is None else weights.read_counts(given.counts, [spec.name for spec in specs])
-        counts = dict(Knowledge.of(specs, counts).counts)
-        groups = compress_tables(read.tables, config, given.budget, counts, allowed)
-        errors = relative_error(groups, read.tables, counts)
-    model = nn.Module()
-    model.add_module(GROUPS, Groups(groups))
-    save_pretrained(model, given.output)
+    read = weights.read_weights(given.weights, given.table)
+    specs = [TableSpec(name, *rows.shape) for name, rows in read.tables.items()]
+    counts = {} if given.counts is None else weights.read_counts(given.counts, [spec.name for spec in specs])
+    counts = dict(Knowledge.of(specs, counts).counts)
+    with _made(given.output):
+        with progress_bar("reading", total=sum(spec.full_bytes for spec in specs), **BYTES) as watch:
+            tables = {name: weights.watched(rows, watch) for name, rows in read.tables.items()}
+            groups = compress_tables(tables, config, given.budget, counts, allowed)
+            errors = relative_error(groups, tables, counts)
+        model = nn.Module()
+        model.add_module(GROUPS, Groups(groups))
+        save_pretrained(model, given.output)
     report = sum_reports(tables.memory() for tables in groups)
     return {
         "source": str(given.weights),
@@ -115,6 +121,25 @@ def compress_text(found: Found) -> str:
     ]
     lines += [f"  left out: {name} ({why})" for name, why in found["left_out"].items()]
     return "\n".join(lines)
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a folder and see that files can be written there; if what is done inside fails, it goes again."""
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise WriteError(f"{folder} can't be written ({error}): choose a folder that can") from error
+        yield
+    except BaseException:
+        for one in new:
+            with contextlib.suppress(OSError):  # it was not made, or somebody has put something there
+                one.rmdir()
+        raise
 
 
 def _with_errors(found: Found) -> list[Found]:

@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+BYTES = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+"""Options of a bar that counts bytes."""
+
 
 @contextmanager
 def progress_bar(doing: str, **options: Any) -> Iterator[Callable[[int], None]]:
@@ -15,7 +18,8 @@ def progress_bar(doing: str, **options: Any) -> Iterator[Callable[[int], None]]:
 
     Args:
         doing: in front of the bar.
-        options: of tqdm, such as ``total`` and ``unit``.
+        options: of tqdm, such as ``total`` and ``unit``. Where more is done than the total, as files are read several
+            times over, that much is added to it again.
     """
     if not sys.stderr.isatty():
         yield lambda more: None
@@ -27,4 +31,11 @@ def progress_bar(doing: str, **options: Any) -> Iterator[Callable[[int], None]]:
         yield lambda more: None
         return
     with bars.tqdm(desc=doing, **options) as bar:
-        yield bar.update
+        once = bar.total
+
+        def update(more: int) -> None:
+            while once and bar.n + more > bar.total:
+                bar.total += once
+            bar.update(more)
+
+        yield update

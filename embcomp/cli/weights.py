@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import NoReturn
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from embcomp.errors import SpecError, did_you_mean
+from embcomp._checkpoint import CONFIG, get, read_config
+from embcomp.cli.progress import BYTES, progress_bar
+from embcomp.errors import IncompatibleStateError, SpecError, did_you_mean
 from embcomp.row_source import Index, RowSource
 
 HELP = (
-    ".safetensors, .npy, or what torch.save has written of tensors (.pt, .pth, .bin): a state dict of tables, of a "
-    "TorchRec collection, or of a whole model"
+    ".safetensors, .npy, or what torch.save has written of tensors since torch 1.6 (.pt, .pth, .bin): a state dict of "
+    "tables, of a TorchRec collection, or of a whole model"
 )
 RULE = (
     "names or patterns such as 'tables.*' of the matrices that are tables. Without it: those of TorchRec collections, "
@@ -28,8 +33,26 @@ RULE = (
 _TORCHREC = re.compile(r"(?:.*\.)?(?:embedding_bags|embeddings)\.[^.]+\.weight")
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 _NESTED = ("state_dict", "model_state_dict")
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, SafetensorError, UnpicklingError)
-_Watch = Callable[[int], None]
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    EOFError,
+    SafetensorError,
+    UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""How files of torch.save began before there was an archive in them: a number, as a pickle."""
+_PIECE = 1 << 20
+_EXPORTS = {
+    ".pt2": "a graph of torch.export or AOTInductor",
+    ".onnx": "a graph of ONNX",
+    ".parquet": "a file of vectors for other programs",
+}
 
 
 @dataclass(frozen=True)
@@ -45,22 +68,34 @@ class Weights:
     left_out: dict[str, str]
 
 
-def read_weights(path: Path, patterns: Sequence[str], watch: _Watch = lambda size: None) -> Weights:
-    """Open a file of trained tables; nothing of them is read yet.
+def read_weights(path: Path, patterns: Sequence[str]) -> Weights:
+    """Open a file of trained tables; of those that have checksums, all is read once and checked, of others nothing yet.
 
     Args:
         path: see `HELP`.
         patterns: which matrices are tables, see `RULE`.
-        watch: told the bytes of all that is read later.
 
     Raises:
-        SpecError: if the file can't be read, or it is not clear which of its tensors are tables.
+        SpecError: if the file can't be read or is corrupt, or it is not clear which of its tensors are tables.
     """
     found = _open(path)
     left_out = _left_out(found)
     chosen = _chosen(path, found, left_out, patterns)
     left_out |= {name: "not chosen" for name in found if name not in chosen.values() and name not in left_out}
-    return Weights({table: _watched(found[name].source, watch) for table, name in chosen.items()}, left_out)
+    if _OPENERS[path.suffix.lower()] is _open_torch:
+        _check_archive(path)
+    return Weights({table: found[name].source for table, name in chosen.items()}, left_out)
+
+
+def watched(source: RowSource, watch: Callable[[int], None]) -> RowSource:
+    """The same rows; ``watch`` is told the bytes of all that is read, as float32."""
+
+    def read(index: Index) -> Tensor:
+        rows = source[index]
+        watch(rows.nbytes)
+        return rows
+
+    return RowSource(read, *source.shape)
 
 
 def table_shapes(path: Path, patterns: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -90,6 +125,8 @@ def matrices(path: Path) -> dict[str, tuple[int, int]]:
 def read_counts(path: Path, names: list[str]) -> dict[str, Tensor]:
     """Read how often ids occur: a vector per table in .safetensors, or one in .npy, where there is one table.
 
+    Names may end with ``.weight``, as those of the weights may.
+
     Raises:
         SpecError: if the file can't be read, or has counts of no table; `Knowledge.of` checks the rest.
     """
@@ -99,7 +136,10 @@ def read_counts(path: Path, names: list[str]) -> dict[str, Tensor]:
                 raise SpecError(f"{path} holds counts of one table, of {len(names)}: write a .safetensors file")
             return {names[0]: torch.from_numpy(np.load(path, allow_pickle=False))}
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            keys = {key: key if key in names else key.removesuffix(".weight") for key in file.keys()}  # noqa: SIM118
+            if len(set(keys.values())) < len(keys):
+                raise SpecError(f"{path}: of {', '.join(keys)} two are one table's, named with and without '.weight'")
+            return {name: file.get_tensor(key) for key, name in keys.items()}
     except SpecError:
         raise
     except _UNREADABLE as error:
@@ -129,17 +169,45 @@ class _Found:
 
 def _open(path: Path) -> dict[str, _Found]:
     """The tensors of a file, by name."""
-    if not path.is_file():
-        raise SpecError(f"{path} is no file; trained tables come from {HELP}")
-    opener = _OPENERS.get(path.suffix.lower())
-    if opener is None:
-        raise SpecError(f"{path}: files that end with {path.suffix!r} are not known; trained tables come from {HELP}")
+    opener = _opener_of(path)
     try:
         return opener(path)
     except SpecError:
         raise
     except _UNREADABLE as error:
         raise SpecError(f"{path} can't be read: {error}; trained tables come from {HELP}") from error
+
+
+def _opener_of(path: Path) -> Callable[[Path], dict[str, _Found]]:
+    if not path.is_file():
+        what = "is no file" if path.exists() else "does not exist"
+        raise SpecError(f"{path} {what}; trained tables come from {HELP}")
+    suffix = path.suffix.lower()
+    if suffix in _EXPORTS:
+        raise SpecError(
+            f"{path} is an export, {_EXPORTS[suffix]}: give the checkpoint that it was made of, or weights: {HELP}"
+        )
+    if suffix not in _OPENERS:
+        raise SpecError(f"{path}: files that end with {path.suffix!r} are not known; trained tables come from {HELP}")
+    if path.stat().st_size == 0:
+        raise SpecError(f"{path} is empty; trained tables come from {HELP}")
+    if _is_of_checkpoint(path):
+        raise SpecError(
+            f"{path} holds the rows of the checkpoint {path.parent}, which are no tables by themselves: give the "
+            "folder to plan, inspect or export; what compress takes are trained tables"
+        )
+    return _OPENERS[suffix]
+
+
+def _is_of_checkpoint(path: Path) -> bool:
+    """Whether the config of a checkpoint is beside a file, and names it."""
+    file = path.parent / CONFIG
+    if not file.is_file():
+        return False
+    try:
+        return get(get(read_config(file), "weights", dict, file), "file", str, file) == path.name
+    except IncompatibleStateError:
+        return False
 
 
 def _left_out(found: Mapping[str, _Found]) -> dict[str, str]:
@@ -183,13 +251,23 @@ def _fits(name: str, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(own, pattern) for own in (name, name.removesuffix(".weight")))
 
 
-def _watched(source: RowSource, watch: _Watch) -> RowSource:
-    def read(index: Index) -> Tensor:
-        rows = source[index]
-        watch(rows.nbytes)
-        return rows
-
-    return RowSource(read, *source.shape)
+def _check_archive(path: Path) -> None:
+    """Compare the members of an archive of torch.save with their checksums, which torch.load does not."""
+    where = "its list of members"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.save writes 0 where it was told to compute no checksums
+            members = [member for member in archive.infolist() if member.CRC]
+            with progress_bar("checking", total=sum(member.file_size for member in members), **BYTES) as watch:
+                for member in members:
+                    where = member.filename
+                    with archive.open(member) as stream:
+                        while piece := stream.read(_PIECE):
+                            watch(len(piece))
+    except _UNREADABLE as error:
+        raise SpecError(
+            f"{path} is corrupt: {where} is not what was saved ({error}): copy the file again from where it was made"
+        ) from error
 
 
 def _open_npy(path: Path) -> dict[str, _Found]:
@@ -207,6 +285,8 @@ def _open_safetensors(path: Path) -> dict[str, _Found]:
 
 
 def _open_torch(path: Path) -> dict[str, _Found]:
+    if not zipfile.is_zipfile(path):
+        _refuse_other_format(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError as error:  # torch's own text says how to load it all the same
@@ -222,6 +302,18 @@ def _open_torch(path: Path) -> dict[str, _Found]:
         raise SpecError(f"{path} holds a {type(state).__name__}, no state dict")
     state = next((state[key] for key in _NESTED if isinstance(state.get(key), Mapping)), state)
     return {str(name): _of_tensor(value) for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _refuse_other_format(path: Path) -> NoReturn:
+    with path.open("rb") as file:
+        if file.read(len(_LEGACY)) == _LEGACY:
+            raise SpecError(
+                f"{path} can't be read: it has the format that torch.save wrote before torch 1.6, of which no part can "
+                "be read by itself. Write it again: torch.save(torch.load(path, weights_only=True), path)"
+            )
+    raise SpecError(
+        f"{path} can't be read: torch.save has not written it, or not all of it; trained tables come from {HELP}"
+    )
 
 
 def _of_tensor(tensor: Tensor) -> _Found:

@@ -195,7 +195,7 @@ def broken(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere.pt", "is no file"),
+        ("nowhere.pt", "does not exist"),
         ("w.csv", "'.csv' are not known"),
         ("w.pt", "can't be read"),
         ("w.npy", "can't be read"),
@@ -213,6 +213,7 @@ def broken(tmp_path, name):
         ("objects.npy", "can't be read"),
         ("cut.npy", "can't be read"),
         ("cut.safetensors", "can't be read"),
+        ("w.onnx", "is an export, a graph of ONNX"),
     ],
 )
 def test_files_that_are_no_tables_are_told(tmp_path, run, name, message):
@@ -253,7 +254,7 @@ def test_bug_a_full_disk_is_an_error_that_names_the_output(tmp_path, file, run, 
         code, _, error = run(file, "--budget", "10%")
     assert code == 2
     assert f"{tmp_path / 'out'} can't be written" in error
-    assert not any((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_bug_an_error_that_is_infinite_was_no_json(tmp_path, run):
@@ -264,3 +265,115 @@ def test_bug_an_error_that_is_infinite_was_no_json(tmp_path, run):
     errors = {row["table"]: row["relative_error"] for row in found["tables"]}
     assert errors["zeros"] is None
     assert 0 < errors["others"] < 1
+
+
+def flip(path, where):
+    content = bytearray(path.read_bytes())
+    content[where] ^= 16
+    path.write_bytes(content)
+
+
+def test_bug_flipped_values_of_an_archive_were_compressed(tmp_path, weights, run):
+    """torch.load does not look at the checksums in what torch.save has written."""
+    path = tmp_path / "w.pt"
+    torch.save(weights, path)
+    where = path.read_bytes().index(weights["tables.item.weight"].numpy().tobytes()) + 999
+    flip(path, where)
+    code, text, error = run(path, "--strategy", "full")
+    assert (code, text) == (2, "")
+    assert f"{path} is corrupt: w/data/1 is not what was saved" in error
+    assert not (tmp_path / "out").exists()
+    flip(path, where)
+    assert run(path, "--strategy", "full")[0] == 0
+
+
+def test_bug_empty_and_old_files_were_told_in_words_of_torch(tmp_path, weights, run):
+    (tmp_path / "empty.pt").touch()
+    torch.save(weights, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    torch.save(weights, tmp_path / "cut.pt")
+    os.truncate(tmp_path / "cut.pt", 20_000)
+    messages = {
+        "empty.pt": "empty.pt is empty",
+        "old.pt": "before torch 1.6, of which no part can be read by itself. Write it again: torch.save(torch.load(",
+        "cut.pt": "torch.save has not written it, or not all of it",
+    }
+    for name, message in messages.items():
+        code, _, error = run(tmp_path / name, "--budget", "10%")
+        assert code == 2
+        assert message in error
+        assert "_use_new_zipfile_serialization" not in error
+
+
+def test_archives_without_checksums_are_compressed(tmp_path, weights, run):
+    computed = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(weights, tmp_path / "w.pt")
+    finally:
+        torch.serialization.set_crc32_options(computed)
+    assert run(tmp_path / "w.pt", "--strategy", "full")[0] == 0
+    torch.testing.assert_close(
+        loaded(tmp_path)["tables.user"].materialize("tables.user"), weights["tables.user.weight"]
+    )
+
+
+def test_bug_an_output_that_can_not_be_written_was_told_after_the_work(tmp_path, file, run, monkeypatch):
+    (tmp_path / "taken").write_text("mine")
+    monkeypatch.setattr("embcomp.cli.compress.compress_tables", lambda *given: pytest.fail("the work was begun"))
+    code, _, error = run(file, "--budget", "10%", output="taken/inside")
+    assert code == 2
+    assert f"{tmp_path / 'taken' / 'inside'} can't be written" in error
+
+
+def test_bug_an_interruption_was_a_traceback(tmp_path, file, run, monkeypatch):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    (tmp_path / "there").mkdir()
+    for name in ("compress_tables", "save_pretrained"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"embcomp.cli.compress.{name}", interrupted)
+            for output in ("new/out", "there"):
+                code, text, error = run(file, "--strategy", "full", output=output)
+                assert (code, text, error) == (130, "", "embcomp compress: interrupted\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["there", file.name]
+    assert not any((tmp_path / "there").iterdir())
+
+
+def test_bug_counts_were_refused_by_the_names_that_weights_have(tmp_path, file, run):
+    save_file(
+        {"tables.user.weight": torch.arange(600), "tables.item": torch.arange(200)}, tmp_path / "counts.safetensors"
+    )
+    arguments = ("--strategy", "hash", "--budget", "20%", "--counts", tmp_path / "counts.safetensors", "--json")
+    assert json.loads(run(file, *arguments)[1])["weighted_by_counts"] == ["tables.item", "tables.user"]
+    save_file(
+        {"tables.user.weight": torch.arange(600), "tables.user": torch.arange(600)}, tmp_path / "counts.safetensors"
+    )
+    code, _, error = run(file, *arguments)
+    assert code == 2
+    assert "two are one table's, named with and without '.weight'" in error
+
+
+def test_bug_rows_of_a_checkpoint_were_taken_for_a_table(tmp_path, file, run):
+    run(file, "--strategy", "hash", "--budget", "20%")
+    (rows,) = (tmp_path / "out").glob("*.safetensors")
+    for arguments in (
+        ("plan", rows),
+        ("inspect", rows),
+        ("compress", rows, "--budget", "10%", "-o", tmp_path / "again"),
+    ):
+        assert main(list(map(str, arguments))) == 2
+    code, _, error = run(rows, "--budget", "10%", output="again")
+    assert code == 2
+    assert f"{rows} holds the rows of the checkpoint {rows.parent}" in error
+    assert not (tmp_path / "again").exists()
+
+
+def test_bug_progress_had_no_total(tmp_path, weights, run, monkeypatch):
+    pytest.importorskip("tqdm")
+    torch.save(weights, tmp_path / "w.pt")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    code, _, error = run(tmp_path / "w.pt", "--strategy", "quantize", "--set", "bits=8")
+    assert code == 0
+    assert "checking: 100%" in error
+    assert "reading: 100%" in error
