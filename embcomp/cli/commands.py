@@ -128,7 +128,8 @@ def inspect(path: Path) -> Found:
             "float32_bytes": sum(4 * m["rows"] * m["dim"] for m in found.values()),
         }
     if not (path / CONFIG).is_file():
-        raise SpecError(f"{path} is no checkpoint, which has a {CONFIG}, and no file of weights")
+        what = f"has no {CONFIG}, so it is no checkpoint" if path.exists() else "does not exist"
+        raise SpecError(f"{path} {what}: give a folder that save_pretrained has written, or a file of weights")
     checkpoint = read_checkpoint(path)
     saved = saved_groups(checkpoint)
     groups = [group.empty for group in saved]

@@ -330,6 +330,25 @@ def test_bug_output_that_can_not_be_written_was_a_traceback():
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "nowhere does not exist: give a folder"),
+        ("empty", "empty has no embcomp_config.json, so it is no checkpoint"),
+        ("t.pt2", "t.pt2 is an export, a graph of torch.export or AOTInductor: give the checkpoint"),
+        ("t.onnx", "t.onnx is an export, a graph of ONNX"),
+        ("t.parquet", "t.parquet is an export, a file of vectors"),
+    ],
+)
+def test_bug_inspect_did_not_say_what_it_was_given(tmp_path, capsys, name, message):
+    (tmp_path / "empty").mkdir()
+    if "." in name:
+        (tmp_path / name).write_text("some")
+    code, text, error = run(capsys, "inspect", tmp_path / name)
+    assert (code, text) == (2, "")
+    assert message in error
+
+
 def test_bug_paths_that_can_not_be_asked_about_were_tracebacks(tmp_path, capsys):
     for command in ("plan", "inspect"):
         code, _, error = run(capsys, command, tmp_path / ("a" * 300))
@@ -352,3 +371,12 @@ def test_without_tqdm_a_line_on_a_terminal_says_what_goes_on(monkeypatch, capsys
         with progress_bar("reading") as watch:
             watch(3)
         assert capsys.readouterr().err.startswith("reading ... (pip install tqdm") == is_terminal
+
+
+def test_files_that_are_read_again_are_more_to_do(monkeypatch, capsys):
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress_bar("reading", total=10) as watch:
+        for more in (7, 3, 14):
+            watch(more)
+    assert "24/30" in capsys.readouterr().err
