@@ -105,10 +105,10 @@ def write_checkpoint(folder: Path, content: Mapping[str, Any], tensors: Mapping[
     return folder
 
 
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a config with the digest that tells whether any of it was changed."""
+def sealed(content: Mapping[str, Any], allow_nan: bool = False) -> dict[str, Any]:
+    """The content of a config, or of a file like it, with the digest that tells whether any of it was changed."""
     plain = {key: value for key, value in content.items() if key != SEAL}
-    text = json.dumps(plain, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(plain, separators=(",", ":"), allow_nan=allow_nan)
     return plain | {SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from embcomp.training.search import Candidate, Search
+from embcomp.training.search import Candidate, Search, candidate_of, number_of
 
 Repair = Callable[[Candidate, np.random.Generator], Candidate | None]
 """Brings a candidate within what is allowed, or says by None that it is to be drawn anew."""
@@ -95,9 +95,14 @@ class Evolution(Search):
         ranges = tuple(state["low"]), tuple(state["high"])
         if ranges != (self.low, self.high):
             raise ValueError(f"a search of values from {ranges[0]} to {ranges[1]}, not from {self.low} to {self.high}")
-        known = {tuple(candidate): float(value) for candidate, value in state["known"]}
-        pending = None if state["pending"] is None else [tuple(candidate) for candidate in state["pending"]]
-        generation, stale = int(state["generation"]), int(state["stale"])
+        values = [range(lowest, highest + 1) for lowest, highest in zip(self.low, self.high, strict=True)]
+        known = {candidate_of(genes, values): number_of(value) for genes, value in state["known"]}
+        pending = None if state["pending"] is None else [candidate_of(genes, values) for genes in state["pending"]]
+        generation, stale = state["generation"], state["stale"]
+        if any(type(number) is not int or number < 0 for number in (generation, stale)):
+            raise ValueError(f"{generation!r} rounds, of which {stale!r} without a better candidate")
+        if not known and (generation or pending == []):
+            raise ValueError("rounds without a candidate")
         self._random.bit_generator.state = state["random"]  # the last that may raise, so that nothing is half done
         self.known, self._pending, self.generation, self.stale = known, pending, generation, stale
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
-from embcomp.training.search import Candidate, FrontPoint, Search
+from embcomp.training.search import Candidate, FrontPoint, Search, candidate_of, number_of
 
 
 class GreedyCut(Search):
@@ -37,8 +38,8 @@ class GreedyCut(Search):
 
     def ask(self) -> list[Candidate]:
         if not self.path:
-            return [tuple(ladder[0] for ladder in self.ladders)]
-        steps = self._steps()
+            return [self._top()]
+        steps = self._steps(self.path[-1])
         stale = [step for step in sorted(steps, key=self._looks) if steps[step] not in self.known]
         unseen = [step for step in stale if step not in self._slopes]
         return [steps[step] for step in (unseen or stale[: self.at_once])]
@@ -48,7 +49,7 @@ class GreedyCut(Search):
         self.known.update(zip(asked, map(float, values), strict=True))
         if not self.path:
             self.path = asked
-        while steps := self._steps():
+        while steps := self._steps(self.path[-1]):
             self._slopes |= {step: self._slope(found) for step, found in steps.items() if found in self.known}
             if any(step not in self._slopes for step in steps):
                 return
@@ -66,9 +67,19 @@ class GreedyCut(Search):
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        self.known = {tuple(candidate): value for candidate, value in state["known"]}
-        self.path = [tuple(candidate) for candidate in state["path"]]
-        self._slopes = {(gene, value): slope for gene, value, slope in state["slopes"]}
+        known = {candidate_of(genes, self.ladders): number_of(value) for genes, value in state["known"]}
+        path = [candidate_of(genes, self.ladders) for genes in state["path"]]
+        slopes = {(gene, value): slope for gene, value, slope in state["slopes"]}
+        if path[:1] != ([self._top()] if known else []) or not known.keys() >= set(path):
+            raise ValueError("its way does not begin with the largest form, or leads to forms without a value")
+        moved = ([old > new for old, new in zip(*forms, strict=True) if old != new] for forms in pairwise(path))
+        if any(own != [True] for own in moved):  # one gene at a time, and down
+            raise ValueError("its way has steps that there are not")
+        if not slopes.keys() <= (self._steps(path[-1]).keys() if path else set()):
+            raise ValueError("it has what other steps cost than there are")
+        if any(type(slope) is not float or slope != slope for slope in slopes.values()):
+            raise ValueError("what steps cost is no number")
+        self.known, self.path, self._slopes = known, path, slopes
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -93,9 +104,11 @@ class GreedyCut(Search):
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
-    def _steps(self) -> dict[tuple[int, int], Candidate]:
-        """(Gene, lower value) -> candidate, for all steps from here."""
-        here = self.path[-1]
+    def _top(self) -> Candidate:
+        return tuple(ladder[0] for ladder in self.ladders)
+
+    def _steps(self, here: Candidate) -> dict[tuple[int, int], Candidate]:
+        """(Gene, lower value) -> candidate, for all steps from a form."""
         return {
             (gene, lower): (*here[:gene], lower, *here[gene + 1 :])
             for gene, (ladder, value) in enumerate(zip(self.ladders, here, strict=True))

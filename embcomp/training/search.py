@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any, NamedTuple
 
 Candidate = tuple[int, ...]
@@ -22,6 +23,29 @@ class FrontPoint(NamedTuple):
     candidate: Candidate
     bytes: int
     value: float
+
+
+def candidate_of(genes: Iterable[Any], values: Sequence[Container[int]]) -> Candidate:
+    """A candidate from a file.
+
+    Raises:
+        ValueError: if it has other genes than there are, or one has none of its values.
+    """
+    candidate = tuple(genes)
+    if not all(type(gene) is int and gene in own for gene, own in zip(candidate, values, strict=True)):
+        raise ValueError(f"{candidate} is no candidate of this search")
+    return candidate
+
+
+def number_of(value: Any) -> float:
+    """The value of a candidate from a file.
+
+    Raises:
+        ValueError: if it is no finite number.
+    """
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is the value of no candidate")
+    return float(value)
 
 
 class Search(ABC):
@@ -51,7 +75,12 @@ class Search(ABC):
 
     @abstractmethod
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a `state`."""
+        """Go on from a `state`.
+
+        Raises:
+            ValueError: if it is none of this search, which is as it was then; or `KeyError`, `TypeError` or
+                `ArithmeticError`.
+        """
 
     @property
     @abstractmethod

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from embcomp._checkpoint import digest_of, sync
+from embcomp._checkpoint import SEAL, digest_of, sealed, sync
 from embcomp.errors import IncompatibleStateError, InputError, WriteError
 from embcomp.specs import as_int
 from embcomp.training.batch_norms import recalibrate_, recalibrated
-from embcomp.training.search import Candidate, Search
+from embcomp.training.search import Candidate, Search, number_of
 
 Evaluate = Callable[[], float]
 EvaluateMany = Callable[[int], Sequence[float]]
@@ -202,7 +202,8 @@ def _save(search: Search, path: Path | None, owner: str, best: tuple[Candidate, 
         return
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        temporary.write_text(json.dumps({**search.state(), "owner": owner, "best": best}))
+        state = {**search.state(), "owner": owner, "best": best}
+        temporary.write_text(json.dumps(sealed(state, allow_nan=True)))  # what a step costs may be infinite
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
@@ -217,6 +218,8 @@ def _load(search: Search, path: Path, owner: str) -> tuple[Candidate, float] | N
     """Go on from a file; return the best candidate and its value, if the search is over."""
     try:
         state = json.loads(path.read_text())
+        if SEAL in state and sealed(state, allow_nan=True)[SEAL] != state[SEAL]:  # older files have none
+            raise ValueError("it was changed since it was written")
         if state["owner"] != owner:
             raise ValueError("it is of other weights, or of another config of the tables")
         search.load(state)
@@ -224,9 +227,8 @@ def _load(search: Search, path: Path, owner: str) -> tuple[Candidate, float] | N
         if best is None:
             return None
         genes, value = best
-        chosen, value = tuple(genes), float(value)
-        if chosen not in search.known:
-            raise ValueError(f"{chosen} was not evaluated")
-    except (ValueError, KeyError, TypeError) as error:
+        finalists = search.finalists(len(search.known)) if search.known else []
+        chosen, value = finalists[finalists.index(tuple(genes))], number_of(value)
+    except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise IncompatibleStateError(f"{path} holds no state of this search ({error!r}): delete it") from error
     return chosen, value

@@ -1,5 +1,6 @@
 """Searches that are killed and go on from a file, or from what they remember, and files that are not theirs."""
 
+import contextlib
 import copy
 import json
 
@@ -9,11 +10,13 @@ import torch
 from torch import nn
 
 import embcomp
+from embcomp._checkpoint import SEAL, sealed
 from embcomp.errors import IncompatibleStateError, InputError, WriteError
 from embcomp.training import Evolution, Phases
+from embcomp.training.greedy import GreedyCut
 from tests.examples.optembed_loop import ClickModel
 from tests.training.clicks import SIZES, WideModel, batches, compressed
-from tests.training.searched import Sometimes, entered, whole_search
+from tests.training.searched import Model, Sometimes, entered, value_of, whole_search
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -107,8 +110,8 @@ def test_a_file_that_is_kept_has_what_was_found_and_nothing_is_evaluated_again(t
 
     found = phases.search_(evaluate, lambda number: [0.5] * number, checkpoint=file, keep_checkpoint=True)
     whole = file.read_text()
-    for best in ([[0, 0, 0, 0], 0.5], [], 3, [found.candidate, "x"]):
-        file.write_text(json.dumps({**json.loads(whole), "best": best}))
+    for best in ([[0, 0, 0, 0], 0.5], [], 3, [found.candidate, "x"], [found.candidate, float("nan")]):
+        file.write_text(json.dumps(sealed(json.loads(whole) | {"best": best}, allow_nan=True)))
         with pytest.raises(IncompatibleStateError, match="holds no state of this search"):
             entered().search_(lambda: pytest.fail("evaluated"), checkpoint=file)
     file.write_text(whole)
@@ -117,6 +120,115 @@ def test_a_file_that_is_kept_has_what_was_found_and_nothing_is_evaluated_again(t
     assert again.search_(lambda: pytest.fail("evaluated"), checkpoint=file) == found
     assert again.model.tables.adopted == found.candidate
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- damage --------------------------------------------------------------------------------------------------------
+
+
+class Cut(Model):
+    """A model whose search cuts greedily."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables.make_search = lambda: GreedyCut([(30, 9, 4, 0)] * 4, sum, limit=20)
+
+
+def stopped(file, kind):
+    """The text of a search that was stopped in its third round."""
+
+    def report(*_, rounds=[]):  # noqa: B006
+        rounds.append(1)
+        if len(rounds) == 3:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        phases = entered(kind())
+        phases.search_(phases.model.value, checkpoint=file, report=report)
+    return file.read_text()
+
+
+def searched(kind, file=None):
+    """What a search found, and all that it knows in the end."""
+    phases = entered(kind())
+    search = phases.model.tables.make_search()
+    phases.model.tables.make_search = lambda: search
+    return phases.search_(phases.model.value, checkpoint=file), search.known
+
+
+def is_as_if_whole_or_refused(file, kind):
+    """Go on from a file, and say whether it was refused; what is found must be what the whole search finds."""
+    try:
+        found = searched(kind, file)
+    except IncompatibleStateError:
+        return False
+    assert found == searched(kind)
+    return True
+
+
+@pytest.mark.parametrize("kind", [Model, Cut])
+def test_bug_a_character_changed_anywhere_in_the_file_of_a_search_is_noticed(kind, tmp_path):
+    """One digit more or less was gone on with, to a wrong front, or was an error from inside of the search."""
+    file = tmp_path / "search.json"
+    text = stopped(file, kind)
+    assert is_as_if_whole_or_refused(file, kind)
+    refused = 0
+    for place in range(0, len(text), 7):
+        file.write_text(text[:place] + chr(ord(text[place]) ^ 1) + text[place + 1 :])
+        refused += not is_as_if_whole_or_refused(file, kind)
+    assert refused > 0.9 * len(text) / 7  # the last of 17 digits may change, and the name of the digest
+
+
+@pytest.mark.parametrize("kind", [Model, Cut])
+def test_files_from_before_there_was_a_digest_are_gone_on_with(kind, tmp_path):
+    file = tmp_path / "search.json"
+    state = json.loads(stopped(file, kind))
+    del state[SEAL]
+    file.write_text(json.dumps(state))
+    assert is_as_if_whole_or_refused(file, kind)
+
+
+ODD = (None, True, -1, 3, 10**30, 1.5, float("nan"), "x", [], {}, [[]], [[9, 9, 9, 9]])
+
+
+def places(value, path=()):
+    yield path
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from places(value[key], (*path, key))
+
+
+def put(value, path, new):
+    if not path:
+        return new
+    changed = value.copy()
+    changed[path[0]] = put(value[path[0]], path[1:], new)
+    return changed
+
+
+@pytest.mark.parametrize("new", ODD, ids=str)
+@pytest.mark.parametrize("kind", [Model, Cut])
+def test_bug_states_that_are_none_are_refused_and_nothing_else(kind, new, tmp_path):
+    """A candidate that is none was a ValueError or KeyError from inside of the search, rounds later."""
+    file, search, other = tmp_path / "search.json", kind().tables.make_search(), kind().tables.make_search()
+    state = json.loads(stopped(file, kind))
+    for path in list(places(state))[1:]:
+        before = json.dumps(other.state())
+        try:
+            other.load(put(state, path, new))
+        except (ValueError, KeyError, TypeError, ArithmeticError):
+            assert json.dumps(other.state()) == before
+            continue
+        while candidates := other.ask():
+            other.tell([value_of(candidate) for candidate in candidates])
+        assert other.finalists(1)[0] in other.known
+        other = kind().tables.make_search()
+    search.load(state)
+
+
+def test_bug_files_that_are_deeply_nested_are_refused(tmp_path):
+    """They were a RecursionError."""
+    file = tmp_path / "search.json"
+    file.write_text("[" * 100_000)
+    assert not is_as_if_whole_or_refused(file, Model)
 
 
 # ---- real models ---------------------------------------------------------------------------------------------------
