@@ -1,7 +1,8 @@
 """Exports by ``torch.export``: the graph with its weights, or compiled ahead of time for the CPU.
 
-Both compute what the tables compute, operation by operation, and give the same vectors bit for bit but where a
-compiler sums in another order; ids that ``unseen="error"`` refuses raise ``RuntimeError``.
+Both compute what the tables compute, operation by operation, and give the same vectors bit for bit but where products
+with a matrix are summed in another order, or a compiler sums so; ids that ``unseen="error"`` refuses raise
+``RuntimeError``.
 """
 
 from __future__ import annotations
