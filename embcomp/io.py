@@ -34,7 +34,7 @@ def save_pretrained(module: nn.Module | Compression, folder: str | Path) -> Path
     The form is saved that the tables have: `finalize_` first to save what serves, or save the training form to go on
     with, which keeps its front of sizes, and whether rows are rounded (`EmbeddingTables.set_rounding_`). Optimizer
     state is not saved. An older checkpoint in the folder is replaced atomically. One process may save to a folder at a
-    time.
+    time; others may load from it meanwhile.
 
     Args:
         module: `EmbeddingTables`, a model with compressed tables, or what `compress_` returned.
