@@ -23,7 +23,7 @@ from embcomp.storage.formats import RowFormat
 if TYPE_CHECKING:
     from embcomp.tables import EmbeddingTables
 
-CONFIG_VERSION = 1
+CONFIG_VERSION = 2
 UNSEEN_POLICIES = ("error", "zero", "oov_row", "hash")
 
 
@@ -49,6 +49,11 @@ class StrategyConfig:
         check_field_types(self)
         RowFormat.parse(self.rows)
         check_choice(self, "unseen", UNSEEN_POLICIES)
+
+    @classmethod
+    def of_version(cls, version: int, options: dict[str, Any]) -> dict[str, Any]:
+        """Options of a config that was saved at an earlier `CONFIG_VERSION`, so that they mean what they meant then."""
+        return options
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,7 @@ def config_from_dict(values: Mapping[str, Any]) -> StrategyConfig:
         raise ConfigError(
             f"config of strategy {name!r} has version {version!r}; this embcomp reads 1 to {CONFIG_VERSION}: upgrade it"
         )
-    return make_config(name, **options)
+    return make_config(name, **get_strategy(name).config_class.of_version(version, options))
 
 
 def config_to_json(config: StrategyConfig) -> str:

@@ -267,6 +267,11 @@ def put(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
     return model
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything was registered to be called with a module: forward, backward, or by state dicts."""
+    return any(kept for name, kept in vars(module).items() if name.endswith("_hooks"))
+
+
 def _problem(module: Plain) -> str | None:
     plain = nn.EmbeddingBag if isinstance(module, nn.EmbeddingBag) else nn.Embedding
     if type(module).forward is not plain.forward:
@@ -277,7 +282,7 @@ def _problem(module: Plain) -> str | None:
         return f"max_norm={module.max_norm} renormalizes dense rows in place"
     if module.scale_grad_by_freq:
         return "scale_grad_by_freq=True scales gradients of dense rows"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+    if has_hooks(module):
         return "it has hooks, which would be lost: register them after compress_"
     return None
 

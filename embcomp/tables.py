@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from embcomp.bags import are_single, bag_bounds, check_pooling, pool_vectors
 from embcomp.config import StrategyConfig
+from embcomp.constants import keeping_constants
 from embcomp.errors import ConfigError, IncompatibleStateError, InputError, SpecError, UnseenIdError, did_you_mean
 from embcomp.hashing import check_range, hash_seed, hash_to_range
 from embcomp.hooks import TableHooks
@@ -383,7 +384,7 @@ class EmbeddingTables(TableHooks):
 
         Low-bit rows train better after some epochs in float32: ``set_rounding_(False)`` before the first one, then
         ``set_rounding_(True)``, which fits scales to the rows as they are. Formats that are rounded after training,
-        and plain float32, are not concerned. `finalize` rounds in any case.
+        and plain float32, are not concerned. `finalize` rounds in any case. `save_pretrained` keeps which it is.
         """
         for module in self.modules():
             if isinstance(module, RowStore):
@@ -421,6 +422,11 @@ class EmbeddingTables(TableHooks):
             if name not in self._non_persistent_buffers_set:
                 parts += self._tensor_parts(name, tensor)
         return MemoryReport(tuple(parts), sum(spec.full_bytes for spec in self.specs))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> EmbeddingTables:
+        with keeping_constants(self):
+            super()._apply(fn, recurse)
+        return self
 
     def constant(self, name: str, values: Sequence[int] | Sequence[float] | Tensor) -> None:
         """Register a small per-table constant that is derived from the config: on every device, in no file."""
@@ -509,10 +515,11 @@ class EmbeddingTables(TableHooks):
             return None
         ids, column = self._checked(ids, table)
         ids, _ = self._apply_unseen(ids, column)
+        if (found := self.stored_rows(ids, column)) is None:
+            return None
         if self._is_counted:
             self.seen_(ids, column, None)
-        found = self.stored_rows(ids, column)
-        return None if found is None else found[0].pool(found[1], column, bounds, mode, weights)
+        return found[0].pool(found[1], column, bounds, mode, weights)
 
     def _apply_unseen(self, ids: Tensor, table: Tensor | int | None) -> tuple[Tensor, Tensor | None]:
         """Bring ids into range by the policy; also say which vectors must be zero (None: no vector)."""

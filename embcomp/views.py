@@ -1,7 +1,8 @@
 """Look-alikes of ``nn.Embedding``, ``nn.EmbeddingBag`` and a tied ``nn.Linear`` over tables of a group.
 
-Views own no parameters: the group does, which is registered once, elsewhere in the model. So a state dict has no
-duplicates, and however many views a group has, it is moved, trained and saved once. (``nn.DataParallel`` copies modules
+Views own no parameters: the group does, which is registered once, elsewhere in the model, or in one view of it
+(``owns=True``). So a state dict has no duplicates, and however many views a group has, it is moved, trained and saved
+once. (``nn.DataParallel`` copies modules
 by their registered children and would leave the group behind; ``DistributedDataParallel`` does not.)
 """
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from embcomp.constants import keeping_constants
 from embcomp.errors import InputError
 from embcomp.tables import EmbeddingTables
 
@@ -79,11 +81,13 @@ class TableView(nn.Module):
     """One table of a group, or several in a row that the model addresses as one by offset ids.
 
     Args:
-        tables: the group; not registered here.
+        tables: the group.
         names: names of the tables; ids of the second begin where those of the first end, and so on.
         dtype: of the vectors; follows ``.to(dtype)`` as a plain table's would.
         padding_idx: as the model sees it.
         table: name of the whole; needed where there are several names.
+        owns: whether the group is registered here, as ``group``: for one view of a group that is not in the model
+            otherwise, where nothing would train, move or save it.
     """
 
     max_norm = None
@@ -97,9 +101,12 @@ class TableView(nn.Module):
         dtype: torch.dtype = torch.float32,
         padding_idx: int | None = None,
         table: str | None = None,
+        owns: bool = False,
     ) -> None:
         super().__init__()
         self._group = (tables,)  # the tuple keeps nn.Module from registering the group a second time
+        if owns:
+            self.add_module("group", tables)
         self.table = names[0] if table is None else table
         self.names = tuple(names)
         self._columns = [tables.index_of(name) for name in names]
@@ -109,11 +116,12 @@ class TableView(nn.Module):
         self.padding_idx = padding_idx
         self.sparse = tables.config.sparse
         device = tables.get_buffer("_sizes").device
-        self.register_buffer("_like", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("_like", torch.empty(0, dtype=dtype, device="cpu"), persistent=False)
         if len(sizes) > 1:
             starts = [sum(sizes[:index]) for index in range(len(sizes))]
             for name, values in (("_starts", starts), ("_owners", self._columns)):
-                self.register_buffer(name, torch.tensor(values, device="cpu").to(device), persistent=False)
+                self.register_buffer(name, torch.tensor(values, device="cpu"), persistent=False)
+        self.to(device)
 
     def resize_(self) -> None:
         """See how many ids the table has by now; for views of a single one."""
@@ -145,6 +153,11 @@ class TableView(nn.Module):
             return self.dense()
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.tables.parameters())
         return LazyWeight(self, trained)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TableView:
+        with keeping_constants(self):
+            super()._apply(fn, recurse)
+        return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -195,7 +208,7 @@ class EmbeddingBagView(TableView):
     """Looks like ``nn.EmbeddingBag``.
 
     Args:
-        tables: the group; not registered here.
+        tables: the group.
         names: see `TableView`.
         mode: ``sum``, ``mean`` or ``max``.
         include_last_offset: whether offsets end with the number of ids.
@@ -234,7 +247,7 @@ class TiedLinear(TableView):
     """Looks like the ``nn.Linear`` whose weight was an embedding's: scores of the whole vocabulary.
 
     Args:
-        tables: the group; not registered here.
+        tables: the group.
         names: see `TableView`.
         bias: the layer's bias ``(V,)``, or None.
         options: see `TableView`.

@@ -5,16 +5,19 @@ Shapes: ``F`` features, ``B`` batch, ``N`` ids of all bags together, ``D`` dimen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from embcomp.errors import InputError
+from embcomp.constants import keeping_constants
+from embcomp.errors import InputError, UnseenIdError
 from embcomp.integrations.versions import torchrec_error, warn_of_versions
-from embcomp.sites import GROUPS, put
+from embcomp.sites import GROUPS, has_hooks, put
 from embcomp.tables import EmbeddingTables
 from embcomp.views import EmbeddingBagView, EmbeddingView, TableView
 
@@ -34,6 +37,7 @@ except (ImportError, OSError) as error:
 warn_of_versions()
 
 COLLECTIONS = (EmbeddingBagCollection, EmbeddingCollection)
+Config = TypeVar("Config", bound=BaseEmbeddingConfig)
 
 
 @dataclass(frozen=True)
@@ -54,29 +58,76 @@ class _Slot:
 
 
 class _Lookup(nn.Module):
-    """One lookup in one group, for features that are pooled alike."""
+    """One lookup in one group, for all features of its tables."""
 
     columns: Tensor
+    is_mean: Tensor
 
     def __init__(self, slots: Sequence[_Slot]) -> None:
         super().__init__()
         self.features = [slot.feature for slot in slots]
         self.places = [slot.place for slot in slots]
-        self.mode: str = getattr(slots[0].view, "mode", "")
+        modes = [getattr(slot.view, "mode", "") for slot in slots]
+        self.mode: str = modes[0] if len(set(modes)) == 1 else "sum"  # of which means are made afterwards
+        self.is_mixed = len(set(modes)) > 1
         self._view = (slots[0].view,)  # the tuple keeps nn.Module from registering what the model owns
         self.owners = [self.tables.index_of(slot.view.names[0]) for slot in slots]
-        self.register_buffer("columns", torch.tensor(self.owners, device=slots[0].view.device), persistent=False)
         self.only_column = self.owners[0] if len(set(self.owners)) == 1 else None
+        self.register_buffer("columns", torch.tensor(self.owners, device="cpu"), persistent=False)
+        self.register_buffer(
+            "is_mean", torch.tensor([mode == "mean" for mode in modes], device="cpu"), persistent=False
+        )
+        self.to(slots[0].view.device)
 
     @property
     def tables(self) -> EmbeddingTables:
         """The group."""
         return self._view[0].tables
 
-    def own(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        """The lookup's features, in its order."""
-        keys = list(features.keys())
-        return features if keys == self.features else features.permute([keys.index(name) for name in self.features])
+    def _apply(self, fn: Any, recurse: bool = True) -> _Lookup:
+        with keeping_constants(self):
+            super()._apply(fn, recurse)
+        return self
+
+    def own(self, features: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, Tensor | None]:
+        """The lookup's features, in its order, and their weights."""
+        keys, weights = list(features.keys()), features.weights_or_none()
+        if keys == self.features:
+            return features, weights
+        order = [keys.index(name) for name in self.features]
+        own = features.permute(order)
+        if weights is None or not weights.requires_grad:
+            return own, own.weights_or_none()
+        # FBGEMM's gradient of permuted weights is right where each feature comes once, and writes anywhere elsewhere.
+        parts = weights.split(features.length_per_key())
+        return own, torch.cat([parts[place] for place in order])
+
+    def averaged(self, pooled: Tensor, lengths: Tensor, strides: Sequence[int]) -> Tensor:
+        """Sums ``(ΣB, D)``, and means where the table has means.
+
+        Args:
+            pooled: sums.
+            lengths: of the bags ``(ΣB,)``.
+            strides: bags of each feature.
+        """
+        if not self.is_mixed:
+            return pooled
+        bags = self.is_mean.repeat_interleave(torch.tensor(strides, device=pooled.device), output_size=len(lengths))
+        return pooled / torch.where(bags, lengths.clamp_min(1), 1).unsqueeze(1)
+
+    def look_up(self, own: KeyedJaggedTensor, found: Callable[..., Tensor]) -> Tensor:
+        """Call what looks ids up, with the table that each is of; one that it refuses is placed within its feature."""
+        try:
+            return found(own.values(), table=self.column_of(own))
+        except UnseenIdError:
+            ids = own.values().split(own.length_per_key())
+            for feature, its_ids, owner in zip(self.features, ids, self.owners, strict=True):
+                try:
+                    with torch.no_grad():
+                        self.tables.note_(its_ids, owner)
+                except UnseenIdError as error:
+                    raise UnseenIdError(f"feature {feature!r}: {error}") from None
+            raise
 
     def column_of(self, features: KeyedJaggedTensor) -> Tensor | int:
         """Which table of the group each id is of: int64 ``(N,)``."""
@@ -110,9 +161,12 @@ class _Compressed(nn.Module):
     Args:
         configs: of the tables.
         views: table -> its view, in the order of the configs.
+        is_weighted: whether ids have weights.
     """
 
-    def __init__(self, configs: Sequence[BaseEmbeddingConfig], views: Sequence[TableView]) -> None:
+    def __init__(
+        self, configs: Sequence[BaseEmbeddingConfig], views: Sequence[TableView], is_weighted: bool = False
+    ) -> None:
         super().__init__()
         names = get_embedding_names_by_table(list(configs))
         slots: list[_Slot] = []
@@ -121,7 +175,7 @@ class _Compressed(nn.Module):
                 slots.append(_Slot(len(slots), feature, key, view))
         groups: dict[tuple[int, str], list[_Slot]] = {}
         for slot in slots:
-            groups.setdefault((id(slot.view.tables), getattr(slot.view, "mode", "")), []).append(slot)
+            groups.setdefault((id(slot.view.tables), _kind_of(slot.view, is_weighted)), []).append(slot)
         self.keys = [slot.key for slot in slots]
         self.feature_names = list(dict.fromkeys(slot.feature for slot in slots))
         self.lookups = nn.ModuleList(_Lookup(own) for own in groups.values())
@@ -133,6 +187,18 @@ class _Compressed(nn.Module):
 
     def _lookups(self) -> list[_Lookup]:
         return [lookup for lookup in self.lookups if isinstance(lookup, _Lookup)]
+
+
+def _kind_of(view: TableView, is_weighted: bool) -> str:
+    """Features of one kind are pooled together: sums and means, unless means skip ids or have weights to refuse."""
+    mode: str = getattr(view, "mode", "")
+    has_padding = any(spec.padding_idx is not None for spec in view.tables.specs)
+    return mode if is_weighted or has_padding or mode not in ("sum", "mean") else "sum or mean"
+
+
+def _grown(configs: Sequence[Config], views: Sequence[nn.Module]) -> list[Config]:
+    """Configs with as many ids as their tables have by now."""
+    return [replace(config, num_embeddings=view.num_embeddings) for config, view in zip(configs, views, strict=True)]
 
 
 def checked(features: KeyedJaggedTensor, wanted: Sequence[str], weighted: bool) -> KeyedJaggedTensor:
@@ -148,6 +214,11 @@ def checked(features: KeyedJaggedTensor, wanted: Sequence[str], weighted: bool) 
             lengths, offsets, values and weights do not go together. What lengths add up to is looked at on the CPU,
             and in graphs, where it is a ``RuntimeError``.
     """
+    if isinstance(features, Proxy):
+        raise InputError(
+            "torch.fx can't trace a compressed collection: trace around it, by torchrec.fx.Tracer(leaf_modules=["
+            "'CompressedEmbeddingBagCollection', 'CompressedEmbeddingCollection']), or export the model (torch.export)"
+        )
     kjt: KeyedJaggedTensor = maybe_td_to_kjt(features, None)
     if not isinstance(kjt, KeyedJaggedTensor):
         raise InputError(f"the collection looks up a KeyedJaggedTensor, not a {type(kjt).__name__}")
@@ -215,13 +286,19 @@ class CompressedEmbeddingBagCollection(_Compressed, EmbeddingBagCollectionInterf
     """
 
     def __init__(self, collection: EmbeddingBagCollection) -> None:
-        super().__init__(collection.embedding_bag_configs(), list(collection.embedding_bags.values()))
+        tables, is_weighted = list(collection.embedding_bags.values()), collection.is_weighted()
+        super().__init__(collection.embedding_bag_configs(), tables, is_weighted)
         self.embedding_bags = collection.embedding_bags
-        self._configs, self._is_weighted = collection.embedding_bag_configs(), collection.is_weighted()
+        self._configs, self._is_weighted = collection.embedding_bag_configs(), is_weighted
         self._lengths = [config.embedding_dim for config in self._configs for _ in config.feature_names]
+        self._means = [
+            view.mode == "mean"
+            for config, view in zip(self._configs, tables, strict=True)
+            for _ in config.feature_names
+        ]
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """Look up and pool, once per group and kind of pooling.
+        """Look up and pool, once per group.
 
         Args:
             features: of ids, int64 or int32; with weights if the collection is weighted. Keys may come in any order,
@@ -240,10 +317,16 @@ class CompressedEmbeddingBagCollection(_Compressed, EmbeddingBagCollectionInterf
     def _pooled(self, features: KeyedJaggedTensor) -> list[Tensor]:
         pieces: list[Tensor] = [torch.empty(0)] * len(self.keys)
         for lookup in self._lookups():
-            own = lookup.own(features)
-            weights = own.weights() if self._is_weighted else None
-            pooled = lookup.tables.bag(own.values(), own.offsets(), lookup.column_of(own), weights, lookup.mode, True)
-            rows = pooled.split(own.stride_per_key())
+            own, weights = lookup.own(features)
+            bag = partial(
+                lookup.tables.bag,
+                offsets=own.offsets(),
+                per_sample_weights=weights if self._is_weighted else None,
+                mode=lookup.mode,
+                include_last_offset=True,
+            )
+            pooled = lookup.look_up(own, bag)
+            rows = lookup.averaged(pooled, own.lengths(), own.stride_per_key()).split(own.stride_per_key())
             for place, name, part in zip(lookup.places, lookup.features, rows, strict=True):
                 index = _inverse(features, name)
                 pieces[place] = part if index is None else part.index_select(0, index)
@@ -253,17 +336,18 @@ class CompressedEmbeddingBagCollection(_Compressed, EmbeddingBagCollectionInterf
         pieces: list[Tensor] = [torch.empty(0)] * len(self.keys)
         weights = features.weights() if self._is_weighted else None
         bounds = nn.functional.pad(features.lengths().cumsum(0), (1, 0))  # without FBGEMM, which may not be there
+        sizes = features.lengths().clamp_min(1).view(len(features.keys()), -1, 1)
         for lookup in self._lookups():
             for places, ids, column in lookup.rounds(features):
                 pooled = lookup.tables.bag(ids, bounds, column, weights, lookup.mode, True)
                 rows = pooled.view(len(features.keys()), -1, pooled.shape[1])
                 for place, key in places.items():
-                    pieces[place] = rows[key]
+                    pieces[place] = rows[key] / sizes[key] if lookup.is_mixed and self._means[place] else rows[key]
         return pieces
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
-        """The configs of the tables, as they were."""
-        return self._configs
+        """The configs of the tables, as they were, with the numbers of ids that they have now."""
+        return _grown(self._configs, list(self.embedding_bags.values()))
 
     def is_weighted(self) -> bool:
         """Whether ids have weights."""
@@ -304,8 +388,8 @@ class CompressedEmbeddingCollection(_Compressed, EmbeddingCollectionInterface):
     def _found(self, features: KeyedJaggedTensor) -> dict[int, JaggedTensor]:
         found: dict[int, JaggedTensor] = {}
         for lookup in self._lookups():
-            own = lookup.own(features)
-            vectors = lookup.tables(own.values(), lookup.column_of(own)).split(own.length_per_key())
+            own, _ = lookup.own(features)
+            vectors = lookup.look_up(own, lookup.tables).split(own.length_per_key())
             ids = own.values().split(own.length_per_key())
             lengths = own.lengths().split(own.stride_per_key())
             for place, rows, its_ids, its_lengths in zip(lookup.places, vectors, ids, lengths, strict=True):
@@ -325,8 +409,8 @@ class CompressedEmbeddingCollection(_Compressed, EmbeddingCollectionInterface):
         return found
 
     def embedding_configs(self) -> list[EmbeddingConfig]:
-        """The configs of the tables, as they were."""
-        return self._configs
+        """The configs of the tables, as they were, with the numbers of ids that they have now."""
+        return _grown(self._configs, list(self.embeddings.values()))
 
     def need_indices(self) -> bool:
         """Whether ids are returned along."""
@@ -366,7 +450,7 @@ def _unfit(collection: Any) -> str:
     tables = _tables_of(collection)
     if type(collection).forward is not plain.forward:
         return f"{type(collection).__name__} has a forward of its own"
-    if collection._forward_hooks or collection._forward_pre_hooks or collection._backward_hooks:
+    if has_hooks(collection):
         return "it has hooks, which would be lost: register them after compress_"
     if not all(isinstance(table, EmbeddingBagView | EmbeddingView) and len(table.names) == 1 for table in tables):
         return "not all of its tables are compressed, each as one"

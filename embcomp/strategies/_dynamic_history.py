@@ -85,16 +85,24 @@ class History(nn.Module):
         self.register_buffer("entries", torch.zeros(4, self.size, dtype=torch.int64))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
-    def add_(self, new: Lookups, score: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Append lookups; ``score`` gets counts and last steps, and says which ids stay where there is no room."""
-        filled = int(self.filled)
+    def add_(self, new: Lookups, order: Callable[[Lookups], Tensor]) -> int:
+        """Append lookups.
+
+        Args:
+            new: of ids without a slot.
+            order: int64 ``(n,)``, from the ids that stay where there is no room for all to those that go first.
+
+        Returns:
+            How many ids were forgotten.
+        """
+        filled, forgotten = int(self.filled), 0
         if filled + len(new.ids) > self.size:
             every = Lookups(*torch.cat([self.entries[:, :filled], torch.stack(new)], dim=1)).merged()
-            order = score(every.counts, every.last).argsort(stable=True, descending=True)
-            new = every.of(rank_within(every.table, order, self.num_tables) < self._room[every.table])
-            filled = 0
+            new = every.of(rank_within(every.table, order(every), self.num_tables) < self._room[every.table])
+            filled, forgotten = 0, len(every.ids) - len(new.ids)
         self.entries[:, filled : filled + len(new.ids)] = torch.stack(new)
         self.filled.fill_(filled + len(new.ids))
+        return forgotten
 
     def copied(self) -> Lookups:
         """All ids, merged."""

@@ -51,6 +51,21 @@ class Policy:
             return torch.where(age > self.config.ttl, -age, math.inf)
         return self.score(counts, last, now)
 
+    def keeping(self, lookups: Lookups, seeds: Tensor, now: Tensor) -> Tensor:
+        """In which order ids stay in a history that is full, the best first: int64 ``(n,)``.
+
+        Of equal scores those come first that were looked up more often, and of those chance decides, anew in every
+        interval: were it their ids, some would never be remembered.
+
+        Args:
+            lookups: each id once.
+            seeds: int64 ``(T,)``, of the tables.
+            now: int64 ``()``, the step.
+        """
+        chance = hash_ids(hash_ids(lookups.ids, seeds[lookups.table]), ~(now // self.config.interval)) & 0xFFFFFFFF
+        order = ((lookups.counts.clamp_max(2**31 - 1) << 32) | chance).argsort(descending=True)
+        return order[self.score(lookups.counts, lookups.last, now)[order].argsort(stable=True, descending=True)]
+
     def admits(self, candidates: Lookups, seeds: Tensor, now: Tensor) -> Tensor:
         """Which candidates may compete: bool ``(n,)``.
 

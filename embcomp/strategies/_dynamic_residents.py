@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from embcomp.hashing import hash_seed
@@ -47,6 +48,7 @@ class Residents(nn.Module):
     Args:
         names: of the tables.
         num_slots: of each table; 0 where it needs none.
+        room: of each table, ids without a slot that are remembered.
         config: the rules.
 
     Attributes:
@@ -59,16 +61,18 @@ class Residents(nn.Module):
     clock: Tensor
     _seeds: Tensor
 
-    def __init__(self, names: Sequence[str], num_slots: Sequence[int], config: DynamicConfig) -> None:
+    def __init__(
+        self, names: Sequence[str], num_slots: Sequence[int], room: Sequence[int], config: DynamicConfig
+    ) -> None:
         super().__init__()
         self.names, self.policy, self.interval = tuple(names), Policy(config), config.interval
         self.map = IdMap(num_slots)
-        self.history = History([math.ceil(config.history * slots) for slots in num_slots])
+        self.history = History(room)
         self.register_buffer("clock", torch.zeros((), dtype=torch.int64))
         seeds = [hash_seed(config.seed, name, "admission") for name in names]
         self.register_buffer("_seeds", torch.tensor(seeds, device="cpu"), persistent=False)
         self._waiting: list[tuple[Tensor, Tensor | int]] = []
-        self._was_told = False
+        self._told: set[str] = set()
 
     def note_(self, ids: Tensor, table: Tensor | int) -> None:
         """Note a lookup.
@@ -80,19 +84,21 @@ class Residents(nn.Module):
         self._waiting.append((ids, table))
         if len(self._waiting) < MOST_PENDING or torch.compiler.is_compiling():
             return
-        if not self._was_told:
-            self._was_told = True
-            logger.warning(
-                "tables %s: %d lookups without a step, so that no id gets a row of its own: call "
-                "handle.step_(optimizer) after optimizer.step()",
-                ", ".join(self.names[:3]),
-                MOST_PENDING,
-            )
+        self._tell_once(
+            f"{MOST_PENDING} lookups without a step, so that no id gets a row of its own: call "
+            "handle.step_(optimizer) after optimizer.step()"
+        )
         self._count_()
 
     @torch.no_grad()
     def step_(self) -> NewResidents | None:
         """Count what was looked up, and every so many steps give slots to other ids."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self._tell_once(
+                "several processes are running, and each counts its own lookups: copies of these tables "
+                "(DistributedDataParallel) give their rows to different ids, and are no longer the same. Train them in "
+                "one process"
+            )
         self.clock += 1
         self._count_()
         return self.compete_() if int(self.clock) % self.interval == 0 else None
@@ -142,7 +148,7 @@ class Residents(nn.Module):
         numbers = rank_within(table, torch.arange(len(ids), device=ids.device), len(self.names))
         new = self.map._starts[table] + numbers
         slots = self.map.replace_(new, ids, places.counts[stays], places.last[stays])
-        self.history.add_(old.history.copied(), lambda counts, last: old.policy.score(counts, last, old.clock))
+        self.history.add_(old.history.copied(), old._keeping)
         return NewResidents(table, ids, slots)
 
     def finalize_(self) -> None:
@@ -174,4 +180,17 @@ class Residents(nn.Module):
         lookups = Lookups(table, ids, torch.ones_like(ids), self.clock.expand_as(ids)).merged()
         found, places = self.map.find(lookups.ids, lookups.table)
         self.map.touch_(places[found], lookups.counts[found], self.clock)
-        self.history.add_(lookups.of(~found), lambda counts, last: self.policy.score(counts, last, self.clock))
+        if self.history.add_(lookups.of(~found), self._keeping):
+            self._tell_once(
+                "more ids without a slot were looked up since the last competition than there is room for; those of "
+                "the lowest scores are forgotten, and may never get one: raise history= or min_history=, or lower "
+                "interval="
+            )
+
+    def _tell_once(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            logger.warning("tables %s: %s", ", ".join(self.names[:3]), message)
+
+    def _keeping(self, lookups: Lookups) -> Tensor:
+        return self.policy.keeping(lookups, self._seeds, self.clock)

@@ -60,7 +60,11 @@ class DynamicConfig(StrategyConfig):
         min_count: see `admission`.
         admit_probability: see `admission`; above 0, at most 1.
         interval: steps between competitions, which sort all slots: for millions of them take hundreds.
-        history: ids without a slot that are remembered until the next competition, for each slot of their table.
+        history: ids without a slot that are remembered until the next competition, for each slot of their table. Where
+            there are more, those of the lowest scores are forgotten; one that is looked up now and then among many that
+            come once may then never get a slot, and a warning says so.
+        min_history: the least number of ids that are remembered for a table, however few slots it has (where ids are
+            not open, no more than there are).
         start: what is in the row of an id that gets a slot: ``"random"``, a newly drawn row, or ``"fallback"``, the row
             that it has shared until then.
     """
@@ -77,6 +81,7 @@ class DynamicConfig(StrategyConfig):
     admit_probability: float = 0.1
     interval: int = 100
     history: float = 1.0
+    min_history: int = 16384
     start: str = "random"
 
     def __post_init__(self) -> None:
@@ -85,7 +90,7 @@ class DynamicConfig(StrategyConfig):
             check_choice(self, field, allowed)
         if self.decay == math.inf:
             raise ConfigError("DynamicConfig(decay=inf): must be finite; policy='lru' looks at nothing but time")
-        for field, minimum in (("ttl", 1), ("min_count", 1), ("interval", 1), ("decay", 0)):
+        for field, minimum in (("ttl", 1), ("min_count", 1), ("interval", 1), ("decay", 0), ("min_history", 1)):
             check_at_least(self, field, minimum)
         if not 0 < self.fallback_share < 1:
             raise ConfigError(f"DynamicConfig(fallback_share={self.fallback_share!r}): must be above 0 and below 1")
@@ -98,6 +103,10 @@ class DynamicConfig(StrategyConfig):
         if not 0 < self.history < math.inf:
             raise ConfigError(f"DynamicConfig(history={self.history!r}): must be above 0, and finite")
         check_granularity(RowFormat.parse(self.rows))
+
+    @classmethod
+    def of_version(cls, version: int, options: dict[str, Any]) -> dict[str, Any]:
+        return {"min_history": 1, **options} if version < 2 else options  # when checkpoints had no more room
 
 
 @register_strategy("dynamic", DynamicConfig)
@@ -160,8 +169,8 @@ class DynamicTables(EmbeddingTables):
         self.constant("_is_whole", self.is_whole)
         row_format = RowFormat.parse(config.rows).resolve(self.embedding_dim)
         self._has_segment_scales = row_format.is_integer and row_format.granularity in ("column", "table")
-        self.residents = Residents(self.names, self.num_slots, config)
-        self._reassigned: list[Tensor] = []
+        self.residents = Residents(self.names, self.num_slots, self._room(), config)
+        self._reassigned: Tensor | None = None
         self.reset_parameters()
         for index, name in enumerate(self.names):
             if name in (counts or {}) and not self.is_whole[index] and not self._weight().is_meta:
@@ -223,8 +232,8 @@ class DynamicTables(EmbeddingTables):
             self._begin_rows_(self.residents.compete_())
 
     def reassigned_(self) -> list[tuple[nn.Parameter, Tensor]]:
-        rows, self._reassigned = self._reassigned, []
-        return [(self._weight(), torch.cat(rows).unique())] if rows else []
+        rows, self._reassigned = self._reassigned, None
+        return [] if rows is None else [(self._weight(), rows)]
 
     def row_owners(self) -> tuple[nn.Parameter, Tensor] | None:
         if not self._is_dynamic():
@@ -252,7 +261,7 @@ class DynamicTables(EmbeddingTables):
             first = torch.randn(len(rows), self.embedding_dim, generator=generator, device="cpu").to(rows.device)
             first *= deviation.unsqueeze(1)
         as_matrix(self.rows).put_(rows, first)
-        self._reassigned.append(rows)
+        self._reassigned = rows if self._reassigned is None else torch.cat([self._reassigned, rows]).unique()
 
     # ---- life -------------------------------------------------------------------------------------------------------
 
@@ -288,7 +297,7 @@ class DynamicTables(EmbeddingTables):
         self._sort_rows_()
         super().finalize_()  # may find rows that are not finite: until then nothing is lost
         self.residents.finalize_()
-        self._reassigned = []
+        self._reassigned = None
         return self
 
     @torch.no_grad()
@@ -396,6 +405,13 @@ class DynamicTables(EmbeddingTables):
             if fallback or is_open(config):
                 check_range(name, fallback or num_ids)
         return tuple(config.num_fallback[name] for name in self.names)
+
+    def _room(self) -> list[int]:
+        """How many ids without a slot are remembered, table by table."""
+        each, least = self.config.history, self.config.min_history
+        lowest = [least if is_open(self.config) else min(least, num_ids) for num_ids in self.num_ids]
+        sizes = zip(self.num_slots, lowest, strict=True)
+        return [max(math.ceil(each * slots), least) if slots else 0 for slots, least in sizes]
 
     def _admit(self, index: int, counts: Tensor) -> None:
         """Give a table's slots to its most frequent ids."""

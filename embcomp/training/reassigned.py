@@ -25,8 +25,9 @@ def reset_rows_(groups: Iterable[EmbeddingTables], *optimizers: torch.optim.Opti
     """Clear what optimizers remember of rows that went to other ids since this was called last.
 
     Of a parameter with R rows, every state tensor whose first dimension is R is one of rows: moments, accumulators,
-    row-wise or not. Those rows become zero, or the ``initial_accumulator_value`` of the parameter's group. Numbers of
-    steps stay, since other rows share them. `Compression.step_` and `Phases.step_` call this for their optimizers.
+    row-wise or not. Those rows become zero, or the ``initial_accumulator_value`` of the parameter's group, or its
+    learning rate where they are Rprop's steps. Numbers of steps stay, since other rows share them. `Compression.step_`
+    and `Phases.step_` call this for their optimizers.
 
     Args:
         groups: tables, after their ``step_``.
@@ -60,6 +61,7 @@ def _reset_rows_(parameter: Tensor, rows: Tensor, optimizers: Sequence[torch.opt
 
 
 def _first_value(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str) -> float:
-    """Where a state tensor starts: Adagrad's sums, row-wise or not, have a value of their own."""
+    """Where a state tensor starts: sums of Adagrad, row-wise or not, and steps of Rprop have a value of their own."""
     group: dict[str, Any] = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
-    return float(group.get("initial_accumulator_value", 0.0)) if name == "sum" else 0.0
+    starts = {"sum": group.get("initial_accumulator_value", 0.0), "step_size": group["lr"]}
+    return float(starts.get(name, 0.0))

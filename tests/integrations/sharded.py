@@ -1,5 +1,6 @@
 """A model on compressed tables, trained by one process or by several."""
 
+import logging
 import os
 import time
 
@@ -23,6 +24,7 @@ CASES = {
     "compositional": {"budget": "40%"},
     "compositional, quotients of few rows": {"budget": "85%"},
     "unified": {"budget": "40%"},
+    "unified, sums and means": {"budget": "80%", "is_pooled": True},
     "low_rank": {"budget": "60%"},
     "quantize": {"budget": "60%"},
     "reduced_dim": {"budget": "60%"},
@@ -42,10 +44,40 @@ class Model(nn.Module):
         return self.out(self.tables(ids).flatten(1)).squeeze(1)
 
 
+class Pooled(nn.Module):
+    """Sums of bags of users, and means of bags of items, in tables that share rows."""
+
+    def __init__(self, strategy, budget, dim):
+        import torchrec
+
+        super().__init__()
+        self.bags = torchrec.EmbeddingBagCollection(
+            [
+                torchrec.EmbeddingBagConfig(
+                    name=name, embedding_dim=dim, num_embeddings=300, feature_names=[name], pooling=pooling
+                )
+                for name, pooling in (("user", torchrec.PoolingType.SUM), ("item", torchrec.PoolingType.MEAN))
+            ]
+        )
+        embcomp.compress_(self, strategy, budget, verbose=False)
+        self.out = nn.Linear(2 * dim, 1)
+
+    def forward(self, ids):
+        import torchrec
+
+        lengths = torch.full((2 * len(ids),), 2)
+        features = torchrec.KeyedJaggedTensor(
+            ["user", "item"], torch.cat([ids[:, :2].flatten(), ids[:, 1:].flatten()]), lengths=lengths
+        )
+        return self.out(self.bags(features).values()).squeeze(1)
+
+
 def model_of(case, dim=8):
     options = dict(CASES[case])
     budget = options.pop("budget", None)
     torch.manual_seed(0)
+    if options.pop("is_pooled", False):
+        return Pooled(case.split(",")[0], budget, dim)
     specs = [embcomp.TableSpec(name, size, dim, init_std=0.5) for name, size in SIZES.items()]
     return Model(embcomp.build_tables(specs, embcomp.make_config(case.split(",")[0], **options), budget))
 
@@ -108,6 +140,32 @@ def refusals(rank, world_size):
             sharding.distribute(Model(tables), "sgd", RATE, kind)
         except embcomp.ConfigError as error:
             told.append(str(error))
+    return told
+
+
+def models_that_differ(rank, world_size):
+    """What is said of a model in each process that was seeded by its rank."""
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Embedding(40, 8), nn.Linear(8, 1))
+    embcomp.compress_(model, "full", init="trained", verbose=False)
+    try:
+        sharding.distribute(model, "sgd", RATE)
+    except embcomp.ConfigError as error:
+        return str(error)
+
+
+def copies_of_dynamic_tables(rank, world_size):
+    """What is logged where each process counts its own lookups."""
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("embcomp").addHandler(handler)
+    config = embcomp.DynamicConfig(num_slots={"user": 4}, num_fallback={"user": 2}, unseen="hash", interval=2)
+    tables = embcomp.build_tables([embcomp.TableSpec("user", 100, 4)], config)
+    copies = nn.parallel.DistributedDataParallel(tables)
+    for _ in range(3):
+        copies(torch.tensor([rank, 7])).sum().backward()
+        tables.step_()
     return told
 
 

@@ -18,9 +18,11 @@ from tests.integrations.sharded import (
     alone,
     answers,
     bags_alone,
+    copies_of_dynamic_tables,
     fail_to_save,
     load_and_answer,
     model_of,
+    models_that_differ,
     refusals,
     save_and_die,
     save_in_a_group,
@@ -54,6 +56,18 @@ def test_losses_are_those_of_one_process(world_size, plans):
         if off > 1e-5:
             wrong.append((*plan, off))
     assert not wrong
+
+
+def test_processes_that_hold_other_rows_are_told():
+    for told in run_workers(models_that_differ, 2):
+        assert "differ between process 0 and process 1" in told
+        assert "torch.manual_seed" in told
+
+
+def test_dynamic_tables_say_that_copies_of_them_drift_apart():
+    for told in run_workers(copies_of_dynamic_tables, 2):
+        assert len(told) == 1
+        assert "tables user: several processes" in told[0]
 
 
 def test_tables_that_processes_could_not_train_are_refused(tmp_path):

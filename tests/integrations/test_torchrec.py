@@ -8,7 +8,7 @@ from torch import nn
 
 import embcomp
 from embcomp import EmbeddingTables, FullConfig, HashConfig
-from embcomp.errors import InputError, NoMatchingTableError, UnseenIdError
+from embcomp.errors import InputError, NoMatchingTableError, SpecError, UnseenIdError
 from embcomp.views import EmbeddingBagView
 
 torchrec = pytest.importorskip("torchrec", reason="needs torchrec")
@@ -136,14 +136,16 @@ class TestEveryCollection:
         assert losses[1] == pytest.approx(losses[0], rel=1e-5)
         assert losses[0][-1] < losses[0][0]
 
-    def test_there_is_one_lookup_per_group_and_pooling(self, name, monkeypatch):
+    def test_there_is_one_lookup_per_group(self, name, monkeypatch):
         new = compressed(MODELS[name]())
         calls = []
         method = "bag" if "bags" in name else "forward"
         looked_up = getattr(EmbeddingTables, method)
-        monkeypatch.setattr(EmbeddingTables, method, lambda self, *given: calls.append(self) or looked_up(self, *given))
+        monkeypatch.setattr(
+            EmbeddingTables, method, lambda self, *given, **more: calls.append(self) or looked_up(self, *given, **more)
+        )
         new(batch(weighted="weighted" in name))
-        assert len(calls) == {"bags": 3, "weighted bags": 2}.get(name, 1)
+        assert len(calls) == (2 if "bags" in name else 1)
 
     def test_it_can_lie_anywhere(self, name):
         class Model(nn.Module):
@@ -196,8 +198,12 @@ class TestEveryCollection:
         new, weighted = compressed(MODELS[name]()), "weighted" in name
         features = batch(weighted=weighted)
         features.values()[-1] = 30
-        with pytest.raises(UnseenIdError, match=r"id 30 .*outside table .*t3.*\[0, 30\)"):
+        place = int(features.lengths()[10:].sum()) - 1
+        message = rf"feature 'c': id 30 at position \[{place}\] is outside table .*t3.*\[0, 30\)"
+        with pytest.raises(UnseenIdError, match=message):
             new(features)
+        with pytest.raises(UnseenIdError, match=message):
+            new(features.permute([2, 0, 1]))
         weights = torch.rand(2) if weighted else None
         floats = KeyedJaggedTensor(list("abc"), torch.tensor([1.0, 2.0]), weights, lengths=torch.tensor([1, 1, 0]))
         with pytest.raises(InputError, match="int64"):
@@ -307,8 +313,117 @@ def test_a_table_alone_can_take_the_place_of_one_of_theirs():
     wanted = model(features)
     tables = embcomp.build_tables([embcomp.TableSpec("t1", 50, 4)])
     tables.load_dense_({"t1": model.embedding_bags["t1"].weight.detach()})
-    model.embedding_bags["t1"] = EmbeddingBagView(tables, ["t1"], "sum", include_last_offset=True)
+    model.embedding_bags["t1"] = EmbeddingBagView(tables, ["t1"], "sum", include_last_offset=True, owns=True)
     assert_same(model(features), wanted)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = tables.rows.weight.detach().clone()
+    model(features).values().sum().backward()
+    optimizer.step()
+    assert (tables.rows.weight != before).any()
+    assert "embedding_bags.t1.group.rows.weight" in model.state_dict()
+    copied = copy.deepcopy(model).eval()
+    assert copied.embedding_bags["t1"].tables is copied.embedding_bags["t1"].group is not tables
+    assert not copied.embedding_bags["t1"].tables.training
+    with torch.no_grad():
+        copied.embedding_bags["t1"].tables.rows.weight.zero_()
+    assert_same(model(features), model(features))
+    assert (copied(features)["a@t1"] == 0).all()
+
+
+@pytest.mark.parametrize("keys", ["abc", "cab", "xcaby", "acb"])
+@pytest.mark.parametrize("dims", [(4, 4, 4), (4, 6, 8)])
+def test_bug_gradients_of_weights_are_those_of_the_plain_collection(keys, dims):
+    """FBGEMM's gradient of permuted weights wrote anywhere in memory where features were left out or came twice."""
+    model = bags(True, dims, poolings=("SUM",) * 3)
+    found = []
+    for own in (model, compressed(model)):
+        features = batch(keys, weighted=True)
+        weights = features.weights().requires_grad_()
+        values = own(features).values()
+        (values * torch.arange(values.shape[1])).square().sum().backward()
+        found.append(weights.grad)
+    assert found[0].abs().sum() > 0
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_weights_by_position_are_learned_as_in_the_plain_model():
+    from torchrec.modules.feature_processor_ import PositionWeightedModuleCollection
+    from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
+
+    weights = PositionWeightedModuleCollection({"a": 5, "b": 5, "c": 5})
+    model = FeatureProcessedEmbeddingBagCollection(bags(True, (4, 8, 4), poolings=("SUM",) * 3), weights)
+    found = []
+    for own in (model, compressed(model)):
+        optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
+        for seed in range(5):
+            own(batch(seed=seed)).values().square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([own(batch(seed=9)).values().detach(), *own._feature_processors.state_dict().values()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+
+
+def test_weighted_means_are_refused_as_they_are_by_torchrec():
+    model = bags(True)
+    with pytest.raises(NotImplementedError):
+        model(batch(weighted=True))
+    with pytest.raises(InputError, match="sum"):
+        compressed(model)(batch(weighted=True))
+
+
+def test_configs_know_how_many_ids_there_are_by_now():
+    for make in (bags, sequences):
+        handle = embcomp.compress_(make(), "hash", budget="50%", verbose=False)
+        handle.resize_({handle.tables[0].names[0]: 70})
+        configs = handle.model.embedding_bag_configs() if make is bags else handle.model.embedding_configs()
+        assert [config.num_embeddings for config in configs] == [70, 40, 30]
+        assert [config.name for config in configs] == list(SIZES)
+
+
+def test_tracing_says_what_to_do_instead():
+    from torchrec.fx.tracer import Tracer, symbolic_trace
+
+    model = nn.Sequential(compressed(bags()))
+    with pytest.raises(InputError, match="leaf_modules"):
+        symbolic_trace(model)
+    graph = Tracer(leaf_modules=["CompressedEmbeddingBagCollection"]).trace(model)
+    assert_same(torch.fx.GraphModule(model, graph)(batch()), model(batch()))
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda own: own.register_full_backward_pre_hook(lambda *given: None),
+        lambda own: own.register_state_dict_post_hook(lambda *given: None),
+        lambda own: own.register_state_dict_pre_hook(lambda *given: None),
+        lambda own: own.register_load_state_dict_pre_hook(lambda *given: None),
+        lambda own: own.register_load_state_dict_post_hook(lambda *given: None),
+    ],
+)
+def test_bug_no_hook_is_lost_without_a_word(register):
+    model = bags()
+    register(model)
+    handle = embcomp.compress_(model, "full", verbose=False)
+    assert "hooks" in handle.report()
+    assert type(handle.model) is EmbeddingBagCollection
+    plain = nn.Sequential(nn.Embedding(10, 4))
+    register(plain[0])
+    with pytest.raises(SpecError, match="hooks"):
+        embcomp.compress_(plain, "full", verbose=False)
+
+
+@pytest.mark.parametrize("make", [bags, sequences])
+def test_bug_models_that_were_built_on_meta_are_filled(make):
+    """Constants were left as garbage by to_empty, and load_state_dict said that all was well."""
+    source = embcomp.compress_(make(), HashConfig(unseen="hash"), "50%", verbose=False).model
+    with torch.device("meta"):
+        model = make()
+    filled = embcomp.compress_(model, HashConfig(unseen="hash"), "50%", verbose=False).model
+    assert all(tensor.is_meta for tensor in filled.parameters())
+    filled = filled.to_empty(device="cpu")
+    filled.load_state_dict(source.state_dict())
+    assert_same(filled(batch()), source(batch()))
 
 
 def test_a_quantized_collection_is_compared_with_and_refused():

@@ -12,7 +12,6 @@ import embcomp
 from embcomp import ConfigError, DynamicConfig, IncompatibleStateError, InputError, TableSpec, build_tables, plan
 from embcomp.io import write_pretrained
 from embcomp.scoring import TableScorer, cross_entropy, sampled_cross_entropy
-from embcomp.strategies._dynamic_history import History, Lookups
 from embcomp.strategies._dynamic_map import EMPTY, IdMap
 from embcomp.training import Phases, RowwiseAdagrad, reset_rows_
 from tests.strategies.dynamic_reference import Reference
@@ -161,24 +160,6 @@ def test_known_counts_give_slots_to_the_most_frequent_ids():
     assert tables.residents_of("user").tolist() == [7, 90]
 
 
-def test_a_history_that_is_full_keeps_the_best_of_each_table():
-    history = History([2, 1])  # six entries
-
-    def add(step, *pairs):
-        table, ids = torch.tensor(pairs).T
-        ones = torch.ones_like(ids)
-        history.add_(Lookups(table, ids, ones, ones * step).merged(), lambda counts, last: counts.double())
-
-    add(1, (0, 1), (0, 1), (0, 2), (0, 3), (1, 1), (1, 9))
-    add(2, (0, 3))
-    assert int(history.filled) == 6
-    add(3, (0, 4), (0, 3), (1, 9))  # merged: 1 twice, 2 once, 3 three times, 4 once; 1 once, 9 twice
-    assert int(history.filled) == 3
-    found = history.take_()
-    assert [values.tolist() for values in found] == [[0, 0, 1], [1, 3, 9], [2, 3, 2], [1, 3, 3]]
-    assert not len(history.take_().ids)
-
-
 # ---- the map -------------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +200,7 @@ OPTIMIZERS = {
     "momentum": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
     "adagrad": lambda params: torch.optim.Adagrad(params, lr=0.1, initial_accumulator_value=0.25),
     "rowwise_adagrad": lambda params: RowwiseAdagrad(params, lr=0.1, initial_accumulator_value=0.25),
+    "rprop": lambda params: torch.optim.Rprop(params, lr=0.1),
     "sparse adam": lambda params: torch.optim.SparseAdam(params, lr=0.1),
 }
 
@@ -228,14 +210,14 @@ def test_stale_state_does_not_move_a_row_that_went_to_another_id(name):
     rowwise = name in ("rowwise_adagrad", "sparse adam")
     tables = make_tables({"user": 1}, policy="lru", interval=2, sparse=rowwise)
     optimizer = OPTIMIZERS[name](list(tables.parameters()))
-    for value in (7, 7, 7):
+    for value in (7, 7, 7, 7, 7):
         train(tables, torch.tensor([[value]]), optimizer)
     state = optimizer.state[tables.rows.weight]
     used = {key: t.clone() for key, t in state.items() if isinstance(t, torch.Tensor) and t.dim()}
     train(tables, torch.tensor([[8]]), optimizer)  # id 8 takes the slot of id 7
     assert tables.residents_of("user").tolist() == [8]
-    first = 0.25 if "adagrad" in name else 0.0
     for key, before in used.items():
+        first = {"sum": 0.25, "step_size": 0.1}.get(key, 0.0)
         assert before[0].ne(first).all(), f"{key} was never used"
         assert state[key][0].eq(first).all(), key
         assert state[key][1:].ne(first).any(), f"{key} of other rows is gone too"
@@ -439,7 +421,11 @@ def test_a_slot_costs_its_row_and_eight_bytes():
     assert tables.memory().serve_bytes == 10 * (64 + 8) + 3 * 64
     (history,) = [part for part in tables.memory().parts if part.name == "history"]
     assert history.serve_bytes == 0
-    assert history.train_bytes == 16 + 64 * 10
+    assert history.train_bytes == 16 + 64 * 16_384
+    (closed,) = [part for part in make_tables({"user": 10}, unseen="zero").memory().parts if part.name == "history"]
+    assert closed.train_bytes == 16 + 64 * 100  # there are no more ids
+    few = make_tables({"user": 10}, history=3.0, min_history=20)
+    assert few.residents.history._room.tolist() == [30]
 
 
 def test_open_ids_are_never_taken_for_numbers_below_v():

@@ -47,8 +47,8 @@ def distribute(
 ) -> DistributedModelParallel:
     """Shard the compressed tables of a model over the processes of a group; called in each of them.
 
-    All processes must hold the same model: build it from one seed, or load it from one folder. What else is in it,
-    TorchRec's collections that were left as they are among it, has a copy in every process, whose gradients are
+    All processes must begin with the same rows: build the model from one seed, or load it from one folder. What else is
+    in it, TorchRec's collections that were left as they are among it, has a copy in every process, whose gradients are
     averaged; for models that are sharded together with such collections, see `shardable_`.
 
     Args:
@@ -66,8 +66,8 @@ def distribute(
 
     Raises:
         ConfigError: as `plan_sharding`, for an unknown optimizer, where there is no process group, for tables on
-            ``meta``, for copies of rows with row-sparse gradients, where ``device`` is another GPU than the current, or
-            for a group of other processes.
+            ``meta``, for copies of rows with row-sparse gradients, where ``device`` is another GPU than the current,
+            for a group of other processes, or where processes hold other rows.
     """
     if optimizer not in OPTIMIZERS:
         raise ConfigError(f"optimizer={optimizer!r}; {did_you_mean(optimizer, OPTIMIZERS)}")
@@ -92,6 +92,7 @@ def distribute(
     wanted = wanted_shardings(model, sharding, group.size())
     replicated = replicated_tables(wanted)
     _check_replicated(model, replicated)
+    _check_alike(model, group)
     shardable_(model, replicated)
     for _, store, _ in stores_of(model):
         store.processes, rows = group.size(), store.elsewhere
@@ -145,6 +146,30 @@ def save_sharded(model: DistributedModelParallel, folder: str | Path, group: dis
 
 
 # ---- inside ---------------------------------------------------------------------------------------------------------
+
+
+def _check_alike(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Compare rows of the processes' models, of which each will hold some; the rest is copied from the first one."""
+    told = {", ".join(names[:3]): _sums(store.get_parameter("weight")) for _, store, names in stores_of(model)}
+    every: list[Any] = [None] * group.size()
+    dist.all_gather_object(every, told, group)
+    for rank, other in enumerate(every):
+        for rows in {**every[0], **other}:
+            one, own = every[0].get(rows), other.get(rows)
+            if one is None or own is None or one[0] != own[0] or abs(one[1] - own[1]) > 1e-6 * (one[2] + own[2]):
+                raise ConfigError(
+                    f"rows {rows} differ between process 0 and process {rank}: all must begin with the same. Seed the "
+                    "processes alike before the model is built (torch.manual_seed), or load it in each from one folder"
+                )
+
+
+def _sums(rows: Tensor) -> tuple[tuple[int, ...], float, float]:
+    """Shape, sum and sum of absolute values, which other machines may round a little differently."""
+    if rows.is_meta:
+        return tuple(rows.shape), 0.0, 0.0
+    with torch.no_grad():
+        size = torch.linalg.vector_norm(rows, 1, dtype=torch.float64)
+        return tuple(rows.shape), float(rows.sum(dtype=torch.float64)), float(size)
 
 
 def _check_replicated(model: nn.Module, replicated: Collection[str]) -> None:
