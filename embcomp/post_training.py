@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def compress_tables(
 
     Args:
         weights: table name -> float ``(V, D)``. Tables of one D become one group.
-        strategy: a strategy's name or config.
+        strategy: a strategy's name or config; of options by table, each group gets those of its own tables.
         budget: one for all tables together, see `Budget.parse`.
         counts: table name -> ``(V,)`` how often ids occur: errors are weighted by them.
         whole_bytes: see above.
@@ -59,7 +60,8 @@ def compress_tables(
         spec = TableSpec(name, *source.shape, init_std=_std(source))
         groups.setdefault(spec.embedding_dim, []).append(spec)
     _check_memory(config, [spec for specs in groups.values() for spec in specs], whole_bytes)
-    plans = plan_groups([(specs, config) for specs in groups.values()], budget, counts, sources)
+    wanted = [(specs, _own_options(config, specs, sources)) for specs in groups.values()]
+    plans = plan_groups(wanted, budget, counts, sources)
     return [_served(planned, sources) for planned in plans]
 
 
@@ -111,6 +113,18 @@ def _served(planned: Plan, sources: Mapping[str, RowSource]) -> EmbeddingTables:
     with rows_are_lent():
         tables = planned.build()
     return tables.load_dense_(own, planned.counts).finalize_()
+
+
+def _own_options(config: StrategyConfig, specs: Sequence[TableSpec], names: Iterable[str]) -> StrategyConfig:
+    """A config without what its options by table say of the tables of other groups."""
+    others = set(names) - {spec.name for spec in specs}
+    given = {field.name: getattr(config, field.name) for field in fields(config)}
+    own: dict[str, Any] = {
+        option: {key: value for key, value in values.items() if key not in others}
+        for option, values in given.items()
+        if isinstance(values, Mapping)
+    }
+    return replace(config, **own)
 
 
 def _std(source: RowSource) -> float:

@@ -152,9 +152,11 @@ def _checked_weights(by_name: Mapping[str, TableSpec], weights: Mapping[str, Any
         source = RowSource.of(weight)
         for rows in source.chunks():
             part = source[rows]
-            if not bool((part.abs() <= LARGEST_WEIGHT).all()):
+            wrong = ~(part.abs() <= LARGEST_WEIGHT)
+            if bool(wrong.any()):
                 what = f"all at most {LARGEST_WEIGHT:g}" if bool(part.isfinite().all()) else "all finite"
-                raise SpecError(f"weights of table {name!r} are not {what}: see rows {rows.start} to {rows.stop - 1}")
+                first = rows.start + int(wrong.any(1).nonzero()[0])
+                raise SpecError(f"weights of table {name!r} are not {what}: the first row that is not so is {first}")
         checked[name] = source
     return checked
 

@@ -153,7 +153,7 @@ def test_strategies_that_need_all_rows_say_so_before_any_work(name):
 def test_weights_that_are_not_finite_are_named(small_chunks):
     rows = torch.zeros(1000, 8)
     rows[700, 3] = torch.nan
-    with pytest.raises(SpecError, match="'user' are not all finite: see rows 640 to 703"):
+    with pytest.raises(SpecError, match="'user' are not all finite: the first row that is not so is 700"):
         compress_tables({"user": rows}, "hash", "10%")
 
 
@@ -229,7 +229,7 @@ def test_bug_large_values_gave_vectors_that_were_infinite_or_none(name):
     groups = compress_tables(weights, name, budget, {"user": torch.full((300,), 10**9)})
     assert relative_error(groups, weights)[""] < 1.2
     weights["user"][7, 3] = 1e20
-    with pytest.raises(SpecError, match=r"'user' are not all at most 1e\+12: see rows 0 to 299"):
+    with pytest.raises(SpecError, match=r"'user' are not all at most 1e\+12: the first row that is not so is 7"):
         compress_tables(weights, name, budget)
 
 

@@ -208,7 +208,7 @@ def broken(tmp_path, name):
             "no float matrix (V, D); it has a (no dense matrix of floats), b (empty), c (no dense",
         ),
         ("twice.pt", "two are one table's"),
-        ("nan.npy", "are not all finite: see rows 0 to 19"),
+        ("nan.npy", "are not all finite: the first row that is not so is 0"),
         ("vector.npy", "no matrix, its shape is (20,)"),
         ("objects.npy", "can't be read"),
         ("cut.npy", "can't be read"),
@@ -377,3 +377,20 @@ def test_bug_progress_had_no_total(tmp_path, weights, run, monkeypatch):
     assert code == 0
     assert "checking: 100%" in error
     assert "reading: 100%" in error
+
+
+def test_bug_sizes_of_tables_of_several_dimensions_could_not_be_given(tmp_path, file, run):
+    sizes = 'num_rows={"tables.user": 50, "tables.item": 20}'
+    code, _, _ = run(file, "--strategy", "hash", "--set", sizes)
+    assert code == 0
+    assert {name: own.config.num_rows for name, own in loaded(tmp_path).items()} == {
+        "tables.user": {"tables.user": 50},
+        "tables.item": {"tables.item": 20},
+    }
+    for wrong, message in (
+        ('num_rows={"tables.user": 50}', "has no entry for tables tables.item"),
+        ('num_rows={"tables.user": 50, "tables.item": 20, "tables.itme": 3}', "names table 'tables.itme'"),
+    ):
+        code, _, error = run(file, "--strategy", "hash", "--set", wrong, output="other")
+        assert code == 2
+        assert message in error
