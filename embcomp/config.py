@@ -108,7 +108,10 @@ def get_strategy(name: str) -> StrategyEntry:
         ConfigError: if there is none; the message names the nearest.
     """
     if name not in _REGISTRY:
-        raise ConfigError(f"no strategy {name!r}; {did_you_mean(name, _REGISTRY)}")
+        raise ConfigError(
+            f"no strategy {name!r}; {did_you_mean(name, _REGISTRY)}. One of your own is known once the module that "
+            "registers it is imported"
+        )
     return _REGISTRY[name]
 
 

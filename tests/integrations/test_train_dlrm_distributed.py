@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from embcomp import load_tables
+from tests.recsys_models.data.test_synthetic_criteo import columns, criteo_line
 
 pytest.importorskip("torchrec", reason="needs torchrec")
 
@@ -18,7 +19,8 @@ def run(folder, processes, *options):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     command += ["-m", "benchmarks.train_dlrm_distributed", "--steps", "5", "--batch-size", "300", *options]
-    command += ["--data", "synthetic", "--cache", str(folder), "--output", str(folder / f"{processes}.json")]
+    command += ["--data", "criteo", "--root", str(folder), "--cache", str(folder / "cache")]
+    command += ["--output", str(folder / f"{processes}.json")]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -27,6 +29,7 @@ def run(folder, processes, *options):
 
 
 def test_two_processes_have_the_losses_of_one(tmp_path):
+    (tmp_path / "train.txt").write_text("".join(map(criteo_line, *columns(rows=3000))))
     options = ("--strategy", "compositional", "--budget", "50%", "--sharding", "row_wise")
     _, alone = run(tmp_path, 1, *options)
     printed, both = run(tmp_path, 2, *options, "--save", str(tmp_path / "saved"))
