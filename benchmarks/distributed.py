@@ -36,6 +36,7 @@ class Measured:
         strategy: of the tables.
         sharding: TorchRec's name of how their rows are cut.
         processes: number of them.
+        order: seed of another order of the rows of each batch; None for that of the other runs.
         bytes_per_rank: of rows and of what is replicated.
         largest_difference: of a step's loss to that of one process with the same strategy and sharding.
         last_loss: of the last step.
@@ -45,6 +46,7 @@ class Measured:
     strategy: str
     sharding: str
     processes: int
+    order: int | None
     bytes_per_rank: tuple[int, ...]
     largest_difference: float
     last_loss: float
@@ -52,16 +54,22 @@ class Measured:
 
 
 def measure(given: argparse.Namespace) -> Iterator[Measured]:
-    """Run every case; the first number of processes is what the others are compared with."""
+    """Run every case; the first number of processes is what the others are compared with.
+
+    With ``--control`` that number runs again, with the rows of each batch in another order: so far off are losses that
+    differ by the rounding of sums alone.
+    """
     for strategy in given.strategy:
         for sharding in given.sharding:
             alone: list[float] = []
-            for processes in given.processes:
-                found = _run(given, strategy, sharding, processes)
+            orders: list[int | None] = [None, 1] if given.control else [None]
+            cases = [(given.processes[0], order) for order in orders] + [(n, None) for n in given.processes[1:]]
+            for processes, order in cases:
+                found = _run(given, strategy, sharding, processes, order)
                 alone = alone or found["losses"]
                 off = max(abs(own - one) for own, one in zip(found["losses"], alone, strict=True))
                 sizes, speed = tuple(found["bytes_per_rank"]), found["rows_per_second"]
-                yield Measured(strategy, sharding, processes, sizes, off, found["losses"][-1], speed)
+                yield Measured(strategy, sharding, processes, order, sizes, off, found["losses"][-1], speed)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -100,15 +108,17 @@ def table(rows: Sequence[Measured]) -> list[str]:
 def _cells(row: Measured) -> list[str]:
     sizes = " ".join(f"{size / 2**20:.2f}" for size in row.bytes_per_rank)
     told = [sizes, f"{row.last_loss:.6f}", f"{row.largest_difference:.1e}"]
-    return [row.strategy, row.sharding, str(row.processes), *told, f"{row.rows_per_second:,}"]
+    processes = str(row.processes) if row.order is None else f"{row.processes}, other order"
+    return [row.strategy, row.sharding, processes, *told, f"{row.rows_per_second:,}"]
 
 
-def _run(given: argparse.Namespace, strategy: str, sharding: str, processes: int) -> dict[str, Any]:
+def _run(given: argparse.Namespace, strategy: str, sharding: str, processes: int, order: int | None) -> dict[str, Any]:
     """One run of the example, started by torchrun."""
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     options = ["--strategy", strategy, "--sharding", sharding, "--optimizer", given.optimizer, "--data", given.data]
     options += [] if strategy == "full" else ["--budget", given.budget]
     options += ["--batch-size", str(given.batch_size), "--steps", str(given.steps)]
+    options += [] if order is None else ["--order", str(order)]
     options += [] if given.cache is None else ["--cache", str(given.cache)]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "found.json"
@@ -138,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache", type=Path, help="folder of encoded data")
     parser.add_argument("--batch-size", type=int, default=4096, help="of all processes together; default: %(default)s")
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument(
+        "--control", action="store_true", help="also in the first number of processes with rows in another order"
+    )
     parser.add_argument("--output", type=Path, default=Path("results/distributed.json"), help="default: %(default)s")
     return parser
 

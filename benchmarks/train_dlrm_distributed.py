@@ -56,7 +56,7 @@ def _run(given: argparse.Namespace) -> None:
     dense = torch.optim.SGD(sharding.dense_parameters(model), lr=given.learning_rate)
 
     losses, seconds = [], []
-    for batch in batches(log, given.batch_size, given.steps, rank, world_size, device):
+    for batch in batches(log, given.batch_size, given.steps, rank, world_size, device, given.order):
         started = time.perf_counter()
         loss = train_step(model, dense, batch, given.batch_size)
         dist.all_reduce(loss)
@@ -86,12 +86,25 @@ def build(log: ClickLog, dim: int, strategy: str, budget: str | None) -> DLRM:
 
 
 def batches(
-    log: ClickLog, batch_size: int, steps: int, rank: int, world_size: int, device: torch.device
+    log: ClickLog,
+    batch_size: int,
+    steps: int,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    order: int | None = None,
 ) -> Iterator[Batch]:
-    """This process's rows of each batch, which is ``batch_size`` rows of all processes together."""
+    """This process's rows of each batch, which is ``batch_size`` rows of all processes together.
+
+    With ``order``, a seed, the rows of each batch are in another order: then sums are rounded otherwise, and no more.
+    """
     stream = log.train.batches(batch_size, shuffle=True, drop_last=True, device=device)
     every = chain.from_iterable(stream.epoch(epoch) for epoch in count())
+    generator = torch.Generator().manual_seed(order or 0)
     for whole in islice(every, steps):
+        if order is not None:
+            places = torch.randperm(len(whole.labels), generator=generator).to(device)
+            whole = Batch(*(part[places] for part in whole))
         yield Batch(*(part.tensor_split(world_size)[rank] for part in whole))
 
 
@@ -118,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--learning-rate", type=float, default=0.02)
     parser.add_argument("--batch-size", type=int, default=4096, help="rows of a step, of all processes together")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--order", type=int, metavar="SEED", help="shuffle the rows of each batch; default: not")
     parser.add_argument("--backend", choices=("gloo", "nccl"), default="gloo")
     parser.add_argument("--threads", type=int, default=1, help="of each process on a CPU")
     parser.add_argument("--save", type=Path, help="folder to save the model in")

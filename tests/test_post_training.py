@@ -94,8 +94,10 @@ def test_streamed_tables_are_those_fitted_in_memory(small_chunks, name, options,
     assert found.config == wanted.config
     have, want = found.state_dict(), wanted.state_dict()
     assert have.keys() == want.keys()
+    # Some processors round the product of a chunk otherwise than that of the whole.
+    tolerance = 1e-5 if name in ("low_rank", "reduced_dim") else 0.0
     for key, tensor in want.items():
-        assert torch.equal(have[key], tensor), key
+        torch.testing.assert_close(have[key], tensor, rtol=tolerance, atol=tolerance, msg=key)
 
 
 @pytest.mark.parametrize("name", STREAMED)

@@ -73,3 +73,4 @@ def _worker(work, rank, world_size, port, timeout, queue, given):
     except BaseException:
         result, text = None, traceback.format_exc()
     queue.put((rank, (result, text)))
+    os._exit(0)  # all is told; threads of a group that broke may abort a process that ends in the usual way
