@@ -25,5 +25,5 @@ def keeping_constants(module: nn.Module) -> Iterator[None]:
         kept: dict[str, Tensor] = own.__dict__.setdefault("_constants_on_meta", {})
         if now.is_meta and not value.is_meta:
             kept[name] = value.cpu()
-        elif not now.is_meta:
-            own._buffers[name] = (kept.pop(name) if value.is_meta else value).to(now)
+        elif not now.is_meta and (not value.is_meta or name in kept):
+            own._buffers[name] = (kept[name] if value.is_meta else value).to(now)

@@ -2,8 +2,8 @@
 
 Views own no parameters: the group does, which is registered once, elsewhere in the model, or in one view of it
 (``owns=True``). So a state dict has no duplicates, and however many views a group has, it is moved, trained and saved
-once. (``nn.DataParallel`` copies modules
-by their registered children and would leave the group behind; ``DistributedDataParallel`` does not.)
+once. (``nn.DataParallel`` copies modules by their registered children and would leave the group behind;
+``DistributedDataParallel`` does not.)
 """
 
 from __future__ import annotations
