@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from embcomp.bags import are_single, bag_bounds, check_pooling, pool_vectors
 from embcomp.config import StrategyConfig
 from embcomp.constants import keeping_constants
-from embcomp.errors import ConfigError, IncompatibleStateError, InputError, SpecError, UnseenIdError, did_you_mean
-from embcomp.hashing import check_range, hash_seed, hash_to_range
-from embcomp.hooks import TableHooks
+from embcomp.errors import ConfigError, IncompatibleStateError, SpecError
+from embcomp.hashing import hash_seed
+from embcomp.incoming import IncomingIds
 from embcomp.memory import SHARED, MemoryPart, MemoryReport, format_bytes
 from embcomp.range_scores import RangeScores, assemble, check_queries
 from embcomp.row_source import RowSource, weighted_mean
-from embcomp.specs import Knowledge, TableSpec, as_int, check_group
+from embcomp.specs import Knowledge, TableSpec
 from embcomp.storage import Ids, RowStore
 from embcomp.stretches import Stretch
 
@@ -32,7 +32,7 @@ CHUNK = 65536
 """Ids that are composed at once where a whole vocabulary is asked for."""
 
 
-class EmbeddingTables(TableHooks):
+class EmbeddingTables(IncomingIds):
     """A group of logical tables that share an output dimension D: the base of every strategy.
 
     A subclass writes `lookup` (ids to vectors), `fit` (trained tables to its own form), `size_range` and `resize` (what
@@ -51,8 +51,6 @@ class EmbeddingTables(TableHooks):
     """What the budget turns, for people: ``"rows"``, ``"rank"``, ``"bits"``, …"""
     knob_is_fine: ClassVar[bool] = True
     """Whether steps of the knob are small enough to use 98 % of a budget."""
-    takes_any_id: ClassVar[bool] = False
-    """Whether `lookup` takes every int64 id, so that ``unseen="hash"`` needs no detour."""
     has_zero_vectors: ClassVar[bool] = False
     """Whether vectors that are evaluated or served may be zero, because the strategy prunes values."""
     can_be_streamed: ClassVar[bool] = False
@@ -63,9 +61,6 @@ class EmbeddingTables(TableHooks):
     """Whether other processes hold some rows: then all processes make every lookup together, be it of no id."""
 
     _counts: bool = True
-    _sizes: Tensor
-    _pads: Tensor
-    _unseen_seeds: Tensor
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -76,24 +71,10 @@ class EmbeddingTables(TableHooks):
     def __init__(
         self, specs: Sequence[TableSpec], config: StrategyConfig, counts: Mapping[str, Tensor] | None = None
     ) -> None:
-        super().__init__()
-        self.specs = check_group(specs)
-        self.config: Any = config
+        super().__init__(specs, config)
         self.built_config: Any = config  # config follows what training chooses
         self.embedding_dim = self.specs[0].embedding_dim
-        self.num_tables = len(self.specs)
-        self.names = tuple(spec.name for spec in self.specs)
         self.is_final = False
-        oov = 1 if config.unseen == "oov_row" else 0
-        self.num_ids = tuple(spec.num_embeddings + oov for spec in self.specs)
-        self._smallest = min(spec.num_embeddings for spec in self.specs)
-        self._has_padding = any(spec.padding_idx is not None for spec in self.specs)
-        self.constant("_sizes", [spec.num_embeddings for spec in self.specs])
-        self.constant("_pads", [-1 if spec.padding_idx is None else spec.padding_idx for spec in self.specs])
-        self.constant("_unseen_seeds", [hash_seed(config.seed, name, "unseen") for name in self.names])
-        if config.unseen == "hash" and not self.takes_any_id:
-            for spec in self.specs:
-                check_range(spec.name, spec.num_embeddings)
 
     # ---- what a strategy writes -------------------------------------------------------------------------------------
 
@@ -323,27 +304,6 @@ class EmbeddingTables(TableHooks):
             return max(self.num_ids)
         return sum(p.numel() for p in self.parameters() if p.requires_grad) // self.embedding_dim
 
-    def index_of(self, table: int | str) -> int:
-        """The index of a table given by name or index.
-
-        Raises:
-            InputError: if there is no such table.
-        """
-        if isinstance(table, str):
-            if table not in self.names:
-                raise InputError(f"no table {table!r} in this group; {did_you_mean(table, self.names)}")
-            return self.names.index(table)
-        index = as_int(table)
-        if index is None:
-            raise InputError(f"table={table!r} is neither an index, nor a name, nor an int64 tensor")
-        if not 0 <= index < self.num_tables:
-            raise InputError(f"table {index} is outside [0, {self.num_tables}); tables: {', '.join(self.names)}")
-        return index
-
-    def pick(self, constants: Tensor, table: Tensor | int | None) -> Tensor:
-        """Per-table constants ``(T, ...)`` for the tables of a lookup; None stands for all of them, in order."""
-        return constants if table is None else constants[table]
-
     # ---- life -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -428,11 +388,6 @@ class EmbeddingTables(TableHooks):
             super()._apply(fn, recurse)
         return self
 
-    def constant(self, name: str, values: Sequence[int] | Sequence[float] | Tensor) -> None:
-        """Register a small per-table constant that is derived from the config: on every device, in no file."""
-        tensor = values if isinstance(values, Tensor) else torch.tensor(values, device="cpu")
-        self.register_buffer(name, tensor, persistent=False)
-
     def generator(self, purpose: str = "init") -> torch.Generator:
         """A CPU random generator seeded by the config's seed, the group's names and a purpose."""
         generator = torch.Generator(device="cpu")
@@ -463,50 +418,6 @@ class EmbeddingTables(TableHooks):
         count = known.counts[spec.name].to(self._sizes.device, torch.float32)
         return count.clamp_min(1e-3 * float(count.mean().clamp_min(1e-3)))
 
-    def _checked(self, ids: Tensor, table: Tensor | int | str | None) -> tuple[Tensor, Tensor | int | None]:
-        if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
-            got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-            raise InputError(f"ids of tables {self._some_names()} must be an int64 tensor, not {got}: call ids.long()")
-        if ids.device != self._sizes.device:
-            raise InputError(
-                f"ids are on {ids.device}, tables {self._some_names()} on {self._sizes.device}: move one of them"
-            )
-        ids = ids.long()
-        if isinstance(table, Tensor):
-            self._check_numbers(table, ids)
-            if table.dim() == 0 and ids.dim():
-                table = table.reshape(1)  # compilers take an index of shape () for a number, which they can't know
-            return ids, table.long()
-        if table is not None:
-            return ids, self.index_of(table)
-        if self.num_tables == 1:
-            return ids, 0
-        if ids.dim() == 0 or ids.shape[-1] != self.num_tables:
-            raise InputError(
-                f"ids of shape {tuple(ids.shape)} without table= need one column for each of the {self.num_tables} "
-                f"tables {self._some_names()}; say table= for ids of one table"
-            )
-        return ids, None
-
-    def _check_numbers(self, table: Tensor, ids: Tensor) -> None:
-        """Check which table each id is of; that there is such a one on the CPU alone, as it would stall a GPU."""
-        if table.dtype not in (torch.int64, torch.int32):
-            raise InputError(f"table must be an int64 tensor, not {table.dtype}")
-        if table.device != ids.device:
-            raise InputError(f"table is on {table.device}, ids are on {ids.device}: move one of them")
-        if not _broadcasts_to(table.shape, ids.shape):
-            raise InputError(
-                f"table of shape {tuple(table.shape)} does not broadcast to ids of shape {tuple(ids.shape)}"
-            )
-        has_values = type(table) is Tensor and not torch.compiler.is_compiling()  # in somebody's trace there are none
-        if has_values and table.device.type == "cpu" and table.numel():
-            low, high = torch.aminmax(table)
-            if low < 0 or high >= self.num_tables:
-                raise InputError(
-                    f"table has {int(low if low < 0 else high)}, outside [0, {self.num_tables}); tables: "
-                    f"{self._some_names()}"
-                )
-
     def _bag_rows(
         self, ids: Tensor, table: Tensor | int | str | None, bounds: Tensor, mode: str, weights: Tensor | None
     ) -> Tensor | None:
@@ -520,61 +431,6 @@ class EmbeddingTables(TableHooks):
         if self._is_counted:
             self.seen_(ids, column, None)
         return found[0].pool(found[1], column, bounds, mode, weights)
-
-    def _apply_unseen(self, ids: Tensor, table: Tensor | int | None) -> tuple[Tensor, Tensor | None]:
-        """Bring ids into range by the policy; also say which vectors must be zero (None: no vector)."""
-        policy = self.config.unseen
-        blank = None
-        if policy == "error":
-            self._raise_if_unseen(ids, table)
-        elif not (policy == "hash" and self.takes_any_id):
-            sizes = self.pick(self._sizes, table)
-            unseen = (ids < 0) | (ids >= sizes)
-            if policy == "zero":
-                ids, blank = ids.masked_fill(unseen, 0), unseen
-            elif policy == "oov_row":
-                ids = torch.where(unseen, sizes, ids)
-            else:
-                ids = torch.where(unseen, hash_to_range(ids, self.pick(self._unseen_seeds, table), sizes), ids)
-        if self._has_padding:
-            padding = self._is_padding(ids, table)
-            if policy == "hash" and not self.takes_any_id:
-                padding = padding & ~unseen
-            blank = padding if blank is None else blank | padding
-        return ids, blank
-
-    def _raise_if_unseen(self, ids: Tensor, table: Tensor | int | None) -> None:
-        if ids.is_meta or ids.numel() == 0:
-            return
-        if torch.compiler.is_compiling():
-            sizes = self.pick(self._sizes, table)
-            inside = ((ids >= 0) & (ids < sizes)).all()
-            torch._assert_async(inside, f"an id is outside its table (tables {self._some_names()}, unseen='error')")
-            return
-        low, high = torch.aminmax(ids)
-        if low >= 0 and high < self._smallest:
-            return
-        sizes = self.pick(self._sizes, table)
-        if low >= 0 and (ids - sizes).max() < 0:
-            return
-        ids, sizes = torch.broadcast_tensors(ids, sizes)
-        where = ((ids < 0) | (ids >= sizes)).nonzero()[0].tolist()
-        index = tuple(where)
-        owner = table if table is not None else torch.arange(self.num_tables, device=ids.device)
-        owner = int(torch.broadcast_to(torch.as_tensor(owner, device=ids.device), ids.shape)[index])
-        raise UnseenIdError(
-            f"id {int(ids[index])} at position {where} is outside table {self.names[owner]!r}, which has ids in "
-            f"[0, {int(sizes[index])}); fix the ids, or set unseen='zero', 'oov_row' or 'hash' in the config"
-        )
-
-    def _bag_padding(self, ids: Tensor, table: Tensor | int | str | None) -> Tensor | None:
-        if not self._has_padding:
-            return None
-        return self._is_padding(*self._checked(ids, table))
-
-    def _is_padding(self, ids: Tensor, table: Tensor | int | None) -> Tensor:
-        pads = self.pick(self._pads, table)
-        return (ids == pads) & (pads >= 0)  # -1 says that a table has no padding, and is an unseen id as well
 
     def _store_parts(self, name: str, store: RowStore) -> list[MemoryPart]:
         owners = self.names if len(store.segments) == self.num_tables else (SHARED,) * len(store.segments)
@@ -604,8 +460,3 @@ def _kept_here(module: nn.Module) -> Iterator[Tensor]:
         for name, buffer in owner.named_buffers(recurse=False):
             if name not in owner._non_persistent_buffers_set:
                 yield buffer
-
-
-def _broadcasts_to(shape: Sequence[int], target: Sequence[int]) -> bool:
-    ends = zip(reversed(shape), reversed(target), strict=False)
-    return len(shape) <= len(target) and all(size in (wanted, 1) for size, wanted in ends)

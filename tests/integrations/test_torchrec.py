@@ -8,18 +8,14 @@ from torch import nn
 
 import embcomp
 from embcomp import EmbeddingTables, FullConfig, HashConfig
-from embcomp.errors import InputError, NoMatchingTableError, SpecError, UnseenIdError
+from embcomp.errors import InputError, NoMatchingTableError, SpecError
 from embcomp.views import EmbeddingBagView
 
 torchrec = pytest.importorskip("torchrec", reason="needs torchrec")
 
 from torchrec import (  # noqa: E402
     EmbeddingBagCollection,
-    EmbeddingBagConfig,
-    EmbeddingCollection,
-    EmbeddingConfig,
     KeyedJaggedTensor,
-    PoolingType,
 )
 
 from embcomp.integrations.export import export_onnx, export_pt2  # noqa: E402
@@ -27,79 +23,18 @@ from embcomp.integrations.torchrec import (  # noqa: E402
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingCollection,
 )
+from tests.integrations.jagged_models import (  # noqa: E402
+    MODELS,
+    SIZES,
+    Net,
+    assert_same,
+    bags,
+    batch,
+    compressed,
+    sequences,
+)
 
 pytestmark = pytest.mark.torchrec
-
-SIZES = {"t1": 50, "t2": 40, "t3": 30}
-
-
-def bags(is_weighted=False, dims=(4, 4, 6), poolings=("SUM", "MEAN", "SUM")):
-    """Feature a in two tables, two features in t2, and t3 of another dimension."""
-    features = {"t1": ["a"], "t2": ["b", "a"], "t3": ["c"]}
-    torch.manual_seed(0)
-    return EmbeddingBagCollection(
-        [
-            EmbeddingBagConfig(
-                name=name,
-                embedding_dim=dim,
-                num_embeddings=SIZES[name],
-                feature_names=features[name],
-                pooling=PoolingType[pooling],
-            )
-            for name, dim, pooling in zip(SIZES, dims, poolings, strict=True)
-        ],
-        is_weighted=is_weighted,
-    )
-
-
-def sequences(need_indices=False):
-    features = {"t1": ["a"], "t2": ["b", "a"], "t3": ["c"]}
-    torch.manual_seed(0)
-    return EmbeddingCollection(
-        [
-            EmbeddingConfig(name=name, embedding_dim=4, num_embeddings=SIZES[name], feature_names=features[name])
-            for name in SIZES
-        ],
-        need_indices=need_indices,
-    )
-
-
-def batch(keys=("a", "b", "c"), size=5, longest=3, weighted=False, seed=0, dtype=torch.int64):
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(0, longest + 1, (len(keys) * size,), generator=generator)
-    number = int(lengths.sum())
-    values = torch.randint(0, 30, (number,), generator=generator).to(dtype)
-    weights = torch.rand(number, generator=generator) if weighted else None
-    return KeyedJaggedTensor(list(keys), values, weights, lengths=lengths)
-
-
-def compressed(model, config="full", **options):
-    return embcomp.compress_(copy.deepcopy(model), config, init="trained", verbose=False, **options).model
-
-
-def assert_same(found, wanted, rtol=1e-6, atol=1e-6):
-    if isinstance(wanted, dict):
-        assert list(found) == list(wanted)
-        for key, own in wanted.items():
-            torch.testing.assert_close(found[key].values(), own.values(), rtol=rtol, atol=atol)
-            assert torch.equal(found[key].lengths(), own.lengths())
-            assert torch.equal(found[key].offsets(), own.offsets())
-            one, other = found[key].weights_or_none(), own.weights_or_none()
-            assert (one is None) == (other is None)
-            assert one is None or torch.equal(one, other)
-    else:
-        assert found.keys() == wanted.keys()
-        assert found.length_per_key() == wanted.length_per_key()
-        assert found.values().dtype == wanted.values().dtype
-        torch.testing.assert_close(found.values(), wanted.values(), rtol=rtol, atol=atol)
-
-
-MODELS = {
-    "bags": bags,
-    "weighted bags": lambda: bags(True, poolings=("SUM", "SUM", "SUM")),
-    "sequences": sequences,
-    "sequences with indices": lambda: sequences(True),
-}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -190,28 +125,6 @@ class TestEveryCollection:
         other.to("meta")
         assert other.device == torch.device("meta")
 
-    def test_a_missing_feature_is_named(self, name):
-        with pytest.raises(InputError, match=r"lacks features 'b'.*'a', 'c'"):
-            compressed(MODELS[name]())(batch("ac", weighted="weighted" in name))
-
-    def test_wrong_ids_are_named(self, name):
-        new, weighted = compressed(MODELS[name]()), "weighted" in name
-        features = batch(weighted=weighted)
-        features.values()[-1] = 30
-        place = int(features.lengths()[10:].sum()) - 1
-        message = rf"feature 'c': id 30 at position \[{place}\] is outside table .*t3.*\[0, 30\)"
-        with pytest.raises(UnseenIdError, match=message):
-            new(features)
-        with pytest.raises(UnseenIdError, match=message):
-            new(features.permute([2, 0, 1]))
-        weights = torch.rand(2) if weighted else None
-        floats = KeyedJaggedTensor(list("abc"), torch.tensor([1.0, 2.0]), weights, lengths=torch.tensor([1, 1, 0]))
-        with pytest.raises(InputError, match="int64"):
-            new(floats)
-        long = KeyedJaggedTensor(list("abc"), torch.tensor([1, 2]), weights, lengths=torch.tensor([1, 1, 5]))
-        with pytest.raises(InputError, match="2 values, and lengths that add up to 7"):
-            new(long)
-
 
 def test_batches_without_duplicates():
     model = bags()
@@ -221,75 +134,6 @@ def test_batches_without_duplicates():
         ["a", "b", "c"], values, lengths=lengths, stride_per_key_per_rank=[[2], [2], [1]], inverse_indices=inverse
     )
     assert_same(compressed(model)(features), model(features))
-
-
-@pytest.mark.parametrize("keys", ["abc", "cab", "abcd"])
-@pytest.mark.parametrize("is_weighted", [True, False])
-def test_bug_too_few_weights_are_refused_before_anything_reads_them(keys, is_weighted):
-    new = compressed(bags(is_weighted, poolings=("SUM",) * 3))
-    lengths = torch.tensor([1] * (2 * len(keys)))
-    few = KeyedJaggedTensor(list(keys), torch.ones(len(lengths), dtype=torch.int64), torch.ones(2), lengths=lengths)
-    with pytest.raises(InputError, match=f"{len(lengths)} values and 2 weights: give one float per value"):
-        new(few)
-
-
-def test_lengths_that_are_no_lengths_and_features_that_come_twice_are_refused():
-    new, ids = compressed(bags()), torch.ones(4, dtype=torch.int64)
-    with pytest.raises(InputError, match="7 lengths for 3 features"):
-        new(KeyedJaggedTensor(list("bca"), ids, lengths=torch.tensor([1, 1, 1, 1, 0, 0, 0])))
-    with pytest.raises(InputError, match="negative length"):
-        new(KeyedJaggedTensor(list("abc"), ids, lengths=torch.tensor([2, -1, 3])))
-    with pytest.raises(InputError, match="a feature twice: 'a', 'b', 'c', 'a'"):
-        new(KeyedJaggedTensor(list("abca"), ids, lengths=torch.tensor([1, 1, 1, 1])))
-
-
-@pytest.mark.parametrize("name", ["bags", "sequences"])
-def test_bug_a_batch_without_lengths_is_refused(name):
-    with pytest.raises(InputError, match="neither lengths nor offsets"):
-        compressed(MODELS[name]())(KeyedJaggedTensor(list("abc"), torch.ones(3, dtype=torch.int64)))
-
-
-@pytest.mark.parametrize("name", ["bags", "sequences"])
-def test_bug_lengths_that_contradict_offsets_or_strides_are_refused(name):
-    new, ids = compressed(MODELS[name]()), torch.ones(3, dtype=torch.int64)
-    both = KeyedJaggedTensor(list("abc"), ids, lengths=torch.ones(3).long(), offsets=torch.tensor([0, 2, 3, 3]))
-    with pytest.raises(
-        InputError, match="lengths and offsets that do not go together"
-    ):  # bags were read by the offsets
-        new(both)
-    few = KeyedJaggedTensor(list("abc"), ids, lengths=torch.ones(3).long(), stride_per_key_per_rank=[[1], [1], [2]])
-    with pytest.raises(InputError, match=r"3 lengths, and strides \[1, 1, 2\] that add up to 4"):  # read beyond the end
-        new(few)
-    for dtype in (torch.int32, torch.int64):
-        right = KeyedJaggedTensor(list("abc"), ids, lengths=torch.ones(3).to(dtype), offsets=torch.arange(4))
-        assert_same(new(right), new(KeyedJaggedTensor(list("abc"), ids, offsets=torch.arange(4))))
-
-
-@pytest.mark.parametrize("given", [None, torch.ones(3), {"a": torch.ones(3)}])
-def test_what_is_no_keyed_jagged_tensor_is_named(given):
-    with pytest.raises(InputError, match=f"a KeyedJaggedTensor, not a {type(given).__name__}"):
-        compressed(bags())(given)
-
-
-@pytest.mark.parametrize("name", ["bags", "weighted bags", "sequences"])
-def test_bug_graphs_wrote_beyond_the_end_where_lengths_were_negative(name, tmp_path):
-    def given(*lengths):
-        return KeyedJaggedTensor(list("abc"), torch.ones(3).long(), torch.ones(3), lengths=torch.tensor(lengths))
-
-    model = Net(MODELS[name](), 16 if name == "sequences" else 18)
-    handle = embcomp.compress_(model, "full", verbose=False).finalize_()
-    example = (torch.zeros(2, 2), given(1, 0, 1, 1, 0, 0))
-    path = export_pt2(handle, tmp_path / "t.pt2", example=example).path
-    for run in (torch.export.load(path).module(), torch.compile(model.eval(), backend="eager")):
-        run(torch.zeros(2, 2), given(1, 0, 1, 1, 0, 0))
-        for lengths in ((4, 0, -1, 0, 0, 0), (1, 0, 1, 0, 0, 0), (1, 1, 1, 1, 0, 0)):
-            with pytest.raises(RuntimeError, match="must not be negative, and add up to its values"):
-                run(torch.zeros(2, 2), given(*lengths))
-
-
-def test_weights_must_be_there():
-    with pytest.raises(InputError, match="no weights"):
-        compressed(bags(True, poolings=("SUM",) * 3))(batch())
 
 
 def test_what_cannot_be_fused_is_looked_up_one_by_one(capsys):
@@ -364,14 +208,6 @@ def test_weights_by_position_are_learned_as_in_the_plain_model():
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
 
 
-def test_weighted_means_are_refused_as_they_are_by_torchrec():
-    model = bags(True)
-    with pytest.raises(NotImplementedError):
-        model(batch(weighted=True))
-    with pytest.raises(InputError, match="sum"):
-        compressed(model)(batch(weighted=True))
-
-
 def test_configs_know_how_many_ids_there_are_by_now():
     for make in (bags, sequences):
         handle = embcomp.compress_(make(), "hash", budget="50%", verbose=False)
@@ -436,23 +272,6 @@ def test_a_quantized_collection_is_compared_with_and_refused():
     assert_same(ours(features), theirs(features), rtol=0, atol=0.02)
     with pytest.raises(NoMatchingTableError, match="quantized"):
         embcomp.compress_(theirs, "full")
-
-
-class Net(nn.Module):
-    """Logits of dense values and of what a collection finds."""
-
-    def __init__(self, collection, width):
-        super().__init__()
-        self.sparse, self.out = collection, nn.Linear(width + 2, 1)
-
-    def forward(self, dense, features):
-        found = self.sparse(features)
-        if isinstance(found, dict):
-            pooled = [
-                torch.segment_reduce(jagged.values(), "sum", lengths=jagged.lengths()) for jagged in found.values()
-            ]
-            return self.out(torch.cat([dense, *pooled], dim=1))
-        return self.out(torch.cat([dense, found.values()], dim=1))
 
 
 @pytest.mark.parametrize(

@@ -23,14 +23,6 @@ def frappe(tmp_path_factory):
     return load_dataset("frappe", root, tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def train_and_test(frappe, name, config, **options):
     torch.manual_seed(1)
     model_class = get_model(name)

@@ -17,6 +17,7 @@ from recsys_models.training import Callback, TrainingConfig, fit
 from recsys_models.training.click_search import ClickSearch
 from recsys_models.training.clicks import ClickTask
 from tests.recsys_models.killer import Killed, Killer
+from tests.recsys_models.runs import assert_same, state
 from tests.recsys_models.tiny import SIZES, tiny_log, tiny_model
 
 CONFIG = TrainingConfig(
@@ -34,16 +35,6 @@ def model_of(budget="40%", data=DATA, **options):
     torch.manual_seed(7)
     strategy = OptEmbedConfig(**{**SEARCH, **options})
     return tiny_model(data, "deepfm", strategy, budget, dim=6, init_std=0.1, dropout=0.2, batch_norm=True)
-
-
-def state(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same(first, second):
-    assert first.keys() == second.keys()
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, msg=name)
 
 
 def timeless(result):
