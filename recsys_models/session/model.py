@@ -16,6 +16,7 @@ from embcomp import EmbeddingTables
 from embcomp.errors import ConfigError
 from embcomp.scoring import ItemScorer
 from recsys_models.data import NO_TARGET, Attribute, SessionBatch
+from recsys_models.session.by_length import encode_by_length
 from recsys_models.session.contrastive import Contrastive
 from recsys_models.session.encoders import Encoder, Examples, Sessions
 from recsys_models.session.items import Items, ItemTable
@@ -96,7 +97,9 @@ class SessionModel(Ranker):
     def queries(self, items: Tensor, lengths: Tensor) -> Tensor:
         """What sessions are encoded to, float32 ``(B, D)``: scores are inner products with it. Arguments as above."""
         items, lengths = self._latest(items, lengths)
-        return self._to_queries(self.encoder(self.embed(Examples(items, lengths, lengths))))
+        sessions = self.embed(Examples(items, lengths, lengths))
+        vectors = encode_by_length(lambda some, _: self.encoder(some), sessions, lengths)
+        return self._to_queries(vectors)
 
     def scorer(self) -> ItemScorer:
         """What scores queries; without gradients, a catalogue of metadata is composed once, as weights are now."""
@@ -115,7 +118,7 @@ class SessionModel(Ranker):
 
     def learn(self, examples: Examples) -> Tensor:
         """Vectors of the sessions of all targets, float32 ``(N, D)``, which `loss` takes."""
-        return self.encoder.learn(self.embed(examples), examples.targets)
+        return encode_by_length(self.encoder.learn, self.embed(examples), examples.targets)
 
     def loss(self, examples: Examples, vectors: Tensor) -> Tensor:
         """The mean loss over targets, of the next item and of its categories, and that of the items: a scalar.
