@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.errors import ResultError
 from benchmarks.results import FINISHED, INFEASIBLE, CellResult, read_result
+from benchmarks.workloads import initial_std
 from embcomp import Budget
 from embcomp.errors import BudgetError
 
@@ -93,6 +94,8 @@ class Cell:
         for (group, name), before in _LATER.items():
             if name in values[group] and values[group][name] == before:
                 del values[group][name]
+        if values.get("init_std") is None:
+            values["init_std"] = initial_std(str(values["model"]["name"]))
         return {**values, "budget": self.budget}
 
     @cached_property

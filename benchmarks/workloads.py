@@ -54,7 +54,8 @@ class Workload(ABC):
         self.config = config
         self.model_name, self.data_name = str(config["model"]["name"]), str(config["data"]["name"])
         self.options = group_options(config["model"])
-        self.embedding_dim, self.init_std = int(config["embedding_dim"]), float(config["init_std"])
+        self.embedding_dim = int(config["embedding_dim"])
+        self.init_std = None if config["init_std"] is None else float(config["init_std"])
 
     @abstractmethod
     def specs(self) -> list[TableSpec]:
@@ -218,6 +219,12 @@ def workload_of(config: Mapping[str, Any]) -> Workload:
     if name not in MODELS:
         raise ConfigError(f"no model {name!r}; {did_you_mean(name, [*MODELS, *ENCODERS])}")
     return Clicks(config)
+
+
+def initial_std(model_name: str) -> float | None:
+    """Standard deviation of the initial embeddings of a model; None where there is no such model."""
+    model = ENCODERS.get(model_name) or MODELS.get(model_name)
+    return None if model is None else model.init_std
 
 
 def places_of(config: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -16,9 +16,6 @@ from embcomp.errors import ConfigError, InputError
 from recsys_models.ctr.layers import DenseFactors
 from recsys_models.data import Field
 
-INIT_STD = 1e-4
-"""Standard deviation of initial embeddings in BARS."""
-
 
 class CTRModel(nn.Module):
     """Base of all click models.
@@ -36,6 +33,8 @@ class CTRModel(nn.Module):
 
     has_first_order: ClassVar[bool] = False
     """Whether column 0 of the tables is a first-order weight."""
+    init_std: ClassVar[float] = 1e-4
+    """Standard deviation of initial embeddings where nothing else is said, that of BARS."""
 
     def __init__(self, tables: EmbeddingTables, num_dense: int = 0) -> None:
         super().__init__()
@@ -57,15 +56,15 @@ class CTRModel(nn.Module):
         return embedding_dim + int(cls.has_first_order)
 
     @classmethod
-    def table_specs(cls, fields: Sequence[Field], embedding_dim: int, init_std: float = INIT_STD) -> list[TableSpec]:
+    def table_specs(cls, fields: Sequence[Field], embedding_dim: int, init_std: float | None = None) -> list[TableSpec]:
         """Describe the tables that the model needs for a data set's fields.
 
         Args:
             fields: of the data set.
             embedding_dim: D.
-            init_std: standard deviation of the initial embeddings.
+            init_std: standard deviation of the initial embeddings; None for the model's own.
         """
-        dim = cls.table_dim(embedding_dim)
+        dim, init_std = cls.table_dim(embedding_dim), cls.init_std if init_std is None else init_std
         return [TableSpec(field.name, field.num_ids, dim, init_std=init_std) for field in fields]
 
     def forward(self, ids: Tensor, dense: Tensor | None = None) -> Tensor:

@@ -56,6 +56,8 @@ class Encoder(nn.Module, ABC):
 
     targets: str = "prefixes"
     """What it learns from: ``"positions"``, of which each predicts the next item, or whole ``"prefixes"``."""
+    init_std: float = 0.02
+    """Standard deviation of items' initial vectors where nothing else is said."""
 
     def __init__(self, dim: int, max_length: int) -> None:
         super().__init__()
@@ -172,6 +174,8 @@ class GRU4Rec(CausalEncoder):
         layers: of the network.
         dropout: of the input.
     """
+
+    init_std = 0.1  # what is read is not normalized: from smaller vectors the first epochs learn little
 
     def __init__(self, dim: int, max_length: int, hidden: int = 128, layers: int = 1, dropout: float = 0.2) -> None:
         super().__init__(dim, max_length)

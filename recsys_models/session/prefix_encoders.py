@@ -34,6 +34,7 @@ class NARM(CausalEncoder):
     """
 
     targets = "prefixes"
+    init_std = 0.1  # as GRU4Rec
 
     def __init__(
         self,
@@ -87,6 +88,8 @@ class SRGNN(Encoder):
         max_length: positions.
         steps: of the graph network.
     """
+
+    init_std = 0.058  # that of uniform values up to 0.1, as their code draws them for D = 100
 
     def __init__(self, dim: int, max_length: int, steps: int = 1) -> None:
         super().__init__(dim, max_length)

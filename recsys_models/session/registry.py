@@ -33,9 +33,6 @@ ENCODERS: dict[str, type[Encoder]] = {
 }
 """Name -> encoder, as in configs and on the command line."""
 
-INIT_STD = 0.02
-"""Standard deviation of initial vectors."""
-
 
 @dataclass(frozen=True)
 class ModelConfig(ObjectiveConfig):
@@ -127,7 +124,7 @@ def get_encoder(name: str) -> type[Encoder]:
 
 
 def session_specs(
-    name: str, catalogue: Catalogue, embedding_dim: int, init_std: float = INIT_STD, **options: Any
+    name: str, catalogue: Catalogue, embedding_dim: int, init_std: float | None = None, **options: Any
 ) -> list[TableSpec]:
     """Describe the tables that a session model needs for a catalogue.
 
@@ -135,7 +132,7 @@ def session_specs(
         name: one of `ENCODERS`.
         catalogue: of the data set.
         embedding_dim: D, of all tables and of the model.
-        init_std: standard deviation of initial vectors.
+        init_std: standard deviation of initial vectors; None for the encoder's own.
         options: of the model; see `ModelConfig` and the encoder's class.
 
     Raises:
@@ -145,6 +142,7 @@ def session_specs(
     attributes = config.used(catalogue)
     if any(a.name in (ITEM, OUTPUT) for a in attributes):
         raise ConfigError(f"an attribute is called {ITEM!r} or {OUTPUT!r}, as tables of items are: rename it")
+    init_std = ENCODERS[name].init_std if init_std is None else init_std
     own = [TableSpec(ITEM, catalogue.num_items, embedding_dim, init_std=init_std)]
     of_items = [] if config.items == "metadata" else own
     of_head = [TableSpec(OUTPUT, catalogue.num_items, embedding_dim, init_std=init_std)]

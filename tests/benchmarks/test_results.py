@@ -94,6 +94,12 @@ def test_cells_are_the_same_where_results_would_be():
         assert cell_of(**other).digest != cell.digest, other
 
 
+def test_initial_embeddings_are_the_models_own_where_nothing_is_said():
+    assert cell_of(init_std=None).identity["init_std"] == 1e-4
+    assert cell_of(init_std=None).digest == cell_of(init_std=1e-4).digest != cell_of().digest
+    assert cell_of(init_std=None, model={"name": "narm"}).identity["init_std"] == 0.1
+
+
 def test_series_differ_in_neither_budget_nor_seed():
     assert cell_of(budget="1%", seed=5).series == cell_of().series
     assert cell_of(embedding_dim=8).series != cell_of().series

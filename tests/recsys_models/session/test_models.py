@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from embcomp.errors import ConfigError, InputError
 from embcomp.scoring import cross_entropy, softmax
 from recsys_models.data import NO_TARGET, SessionBatch
-from recsys_models.session import ENCODERS
+from recsys_models.session import ENCODERS, session_specs
 from tests.recsys_models.session.tiny import (
     NAMES,
     NUM_ITEMS,
@@ -25,6 +25,14 @@ LOG = tiny_log()
 
 def test_all_models_are_here():
     assert sorted(NAMES) == sorted(ENCODERS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_initial_vectors_are_the_encoders_own_or_as_asked(name):
+    of = {"items": "hybrid", "head": "free"}
+    own, asked = (session_specs(name, LOG.catalogue, 16, *std, **of) for std in ((), (0.3,)))
+    assert {spec.init_std for spec in own} == {ENCODERS[name].init_std}
+    assert {spec.init_std for spec in asked} == {0.3}
 
 
 @pytest.mark.parametrize("items", ["id", "metadata", "hybrid"])
