@@ -7,7 +7,7 @@ from embcomp import DynamicConfig, TableSpec, build_tables
 from embcomp.config import config_from_dict, config_to_dict
 from embcomp.strategies._dynamic_history import History, Lookups
 from embcomp.strategies._dynamic_policy import POLICIES, Policy
-from tests.strategies.test_dynamic import make_tables
+from tests.strategies.dynamic_tables import make_tables
 
 
 def test_a_history_that_is_full_keeps_the_best_of_each_table():
