@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import hydra
 import pandas as pd
+from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from benchmarks.errors import OverrideError
@@ -23,7 +24,7 @@ from benchmarks.workloads import group_options, places_of
 from recsys_models.data import SessionLog, load_sessions
 from recsys_models.data.errors import DataError
 from recsys_models.ranking import bound_cases, ranking_metrics, sliced_metrics, slices_of
-from recsys_models.session.floors import ItemKNN, Popularity
+from recsys_models.session import ItemKNN, Popularity
 
 _RANKING = COMPARED[1]
 
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             config = cast(dict[str, Any], OmegaConf.to_container(hydra.compose("config", given), resolve=True))
         data = config["data"]
         log = load_sessions(data["name"], *places_of(config), **group_options(data))
-    except (OverrideError, DataError) as error:
+    except (ConfigCompositionException, OverrideError, DataError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
     points = floors(log)

@@ -13,7 +13,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -206,11 +206,25 @@ def check_field_types(config: object) -> None:
     """Raise `ConfigError` where a field's value is not of its annotated type (ints are fine for floats)."""
     hints = _hints(type(config))  # type: ignore[arg-type]
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        value = getattr(config, field.name)
-        if not _is_of(value, hints[field.name]):
-            raise ConfigError(
-                f"{type(config).__name__}({field.name}={value!r}): must be {field.type}, not {_type_of(value)}"
-            )
+        _check_type(type(config).__name__, field.name, getattr(config, field.name), hints[field.name], field.type)
+
+
+def check_option_types(owner: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` where an option's value is not of the type that a function's parameter is annotated with.
+
+    Args:
+        owner: whose options they are, for the message.
+        function: that takes them.
+        options: by name of the parameter.
+    """
+    hints = _hints(function)
+    for name, value in options.items():
+        _check_type(owner, name, value, hints[name], function.__annotations__[name])
+
+
+def _check_type(owner: str, name: str, value: Any, hint: Any, shown: Any) -> None:
+    if not _is_of(value, hint):
+        raise ConfigError(f"{owner}({name}={value!r}): must be {shown}, not {_type_of(value)}")
 
 
 def _type_of(value: Any) -> str:
@@ -222,8 +236,8 @@ def _type_of(value: Any) -> str:
 
 
 @functools.cache  # searches make a config for every form that they weigh
-def _hints(config_class: type) -> dict[str, Any]:
-    return typing.get_type_hints(config_class)
+def _hints(annotated: Any) -> dict[str, Any]:
+    return typing.get_type_hints(annotated)
 
 
 def _is_of(value: Any, hint: Any) -> bool:
@@ -233,6 +247,9 @@ def _is_of(value: Any, hint: Any) -> bool:
     if origin is dict:
         key_hint, value_hint = typing.get_args(hint)
         return isinstance(value, dict) and all(_is_of(k, key_hint) and _is_of(v, value_hint) for k, v in value.items())
+    if origin is Sequence:
+        (part,) = typing.get_args(hint)
+        return isinstance(value, Sequence) and not isinstance(value, str) and all(_is_of(v, part) for v in value)
     if hint is Any:
         return True
     if hint is float:

@@ -115,7 +115,7 @@ def _ranked(
             for batch in batches:
                 seen = None
                 if filters_seen:
-                    seen = seen_items(batch.items, batch.lengths)
+                    seen = seen_items(batch.items, batch.lengths, model.num_items)
                 found.append(rank(scorer, model.queries(batch.items, batch.lengths), batch.targets, seen))
     finally:
         model.train(was_training)
@@ -124,7 +124,7 @@ def _ranked(
     return [torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True)]
 
 
-def seen_items(items: Tensor, lengths: Tensor) -> Tensor:
+def seen_items(items: Tensor, lengths: Tensor, num_items: int | None = None) -> Tensor:
     """The items of sessions, as `top_k` and `ranks` of `embcomp.scoring` take those that are to be left out.
 
     What fills a batch up behind the ends, most often 0, is an item for them, and would be left out too.
@@ -132,15 +132,19 @@ def seen_items(items: Tensor, lengths: Tensor) -> Tensor:
     Args:
         items: int64 ``(B, L)``, the first ones of each row being the session.
         lengths: int64 ``(B,)``.
+        num_items: V, where sessions may have items outside ``[0, V)``, which no ranking has; None where they don't.
 
     Returns:
-        int64 ``(B, L)``, -1 behind the ends.
+        int64 ``(B, L)``, -1 behind the ends and in the place of items outside.
 
     Raises:
         InputError: if shapes do not go together, dtypes are not integers, or a length is not in ``[0, L]``.
     """
     check_sessions(items, lengths)
-    return items.masked_fill(~inside(lengths, items.shape[1]), -1)
+    outside = ~inside(lengths, items.shape[1])
+    if num_items is not None:
+        outside |= items >= num_items
+    return items.masked_fill(outside | (items < 0), -1)
 
 
 def evaluate_cases(
@@ -183,8 +187,9 @@ def metadata_bounds(
 def slices_of(catalogue: Catalogue, cases: Cases) -> dict[str, np.ndarray]:
     """Tell cases apart by how often their right item was seen in training, and by the length of their prefix.
 
-    Items that were not seen in training, but are in the prefix, are a slice of their own: of those, models of ids know
-    as much as others.
+    Every case is in one slice of each kind: ``"seen < 10"`` are those of items seen five to nine times, where ``"seen <
+    5"`` is there too. Items that were not seen in training, but are in the prefix, are a slice of their own: of those,
+    models of ids know as much as others.
 
     Returns:
         name -> bool ``(C,)``; the slices of each kind cover all cases, and some may be empty.

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from embcomp import EmbeddingTables
+from embcomp.config import check_option_types
 from embcomp.errors import ConfigError, did_you_mean
 from recsys_models.ctr.base import CTRModel
 from recsys_models.ctr.dcnv2 import DCNv2
@@ -61,4 +62,5 @@ def build_model(name: str, tables: EmbeddingTables, num_dense: int = 0, **option
         if option not in allowed:
             known = did_you_mean(option, allowed) if allowed else "it has none"
             raise ConfigError(f"model {name!r} has no option {option!r}; {known}")
+    check_option_types(model_class.__name__, model_class.__init__, options)
     return model_class(tables, num_dense, **options)

@@ -1,8 +1,12 @@
-"""Session models: SASRec, BERT4Rec, GRU4Rec, NARM, SR-GNN and M2TRec, on compressed tables of items and attributes."""
+"""Session models: SASRec, BERT4Rec, GRU4Rec, NARM, SR-GNN and M2TRec, on compressed tables of items and attributes.
+
+`Popularity` and `ItemKNN`, which have no tables, are the floors that they should beat.
+"""
 
 from recsys_models.session.bert4rec import BERT4Rec
 from recsys_models.session.distillation import distill_
 from recsys_models.session.encoders import CausalEncoder, Encoder, Examples, GRU4Rec, SASRec, Sessions
+from recsys_models.session.floors import ItemKNN, Popularity
 from recsys_models.session.items import Items, ItemTable, MetadataItems
 from recsys_models.session.model import SessionModel
 from recsys_models.session.objectives import Objective, ObjectiveConfig
@@ -28,6 +32,7 @@ __all__ = [
     "Encoder",
     "Examples",
     "GRU4Rec",
+    "ItemKNN",
     "ItemTable",
     "Items",
     "M2TRec",
@@ -35,6 +40,7 @@ __all__ = [
     "ModelConfig",
     "Objective",
     "ObjectiveConfig",
+    "Popularity",
     "Ranker",
     "SASRec",
     "SessionModel",

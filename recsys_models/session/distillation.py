@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from embcomp.errors import ConfigError, InputError
+from recsys_models.layers import check_sizes
 from recsys_models.session.items import CHUNK, Items
 
 
@@ -42,14 +43,12 @@ def distill_(
         InputError: if shapes do not go together, vectors are not finite or do not vary over the items that occur,
             counts are negative or all zero, or nothing of the items can be trained.
     """
-    if steps < 0 or batch_size < 1 or not 0 < learning_rate < math.inf:
-        raise ConfigError(
-            f"steps={steps} must be at least 0, batch_size={batch_size} at least 1, learning_rate={learning_rate} "
-            "above 0 and finite"
-        )
-    vectors, counts = vectors.detach(), torch.tensor(counts) if isinstance(counts, np.ndarray) else counts
+    check_sizes(steps=steps or None, batch_size=batch_size)  # to make none is allowed
+    if not 0 < learning_rate < math.inf:
+        raise ConfigError(f"learning_rate={learning_rate} must be above 0, and finite")
+    counts = torch.as_tensor(counts)
     _check_targets(items, vectors, counts)
-    generator = torch.Generator().manual_seed(seed)
+    vectors, generator = vectors.detach(), torch.Generator().manual_seed(seed)
     weights = counts.double().cpu()
     trained = (items, *items.groups)
     parameters = [p for module in trained for p in module.parameters() if p.requires_grad]
@@ -68,10 +67,12 @@ def distill_(
 
 
 def _check_targets(items: Items, vectors: Tensor, counts: Tensor) -> None:
-    if vectors.shape != (items.num_items, items.dim) or counts.shape != vectors.shape[:1]:
+    is_float = isinstance(vectors, Tensor) and vectors.dtype == torch.float32
+    if not is_float or vectors.shape != (items.num_items, items.dim) or counts.shape != vectors.shape[:1]:
+        found = f"{vectors.dtype} {tuple(vectors.shape)}" if isinstance(vectors, Tensor) else type(vectors).__name__
         raise InputError(
-            f"vectors {tuple(vectors.shape)} and counts {tuple(counts.shape)} must be float32 "
-            f"({items.num_items}, {items.dim}) and int64 ({items.num_items},)"
+            f"vectors {found} and counts {tuple(counts.shape)} must be float32 tensors ({items.num_items}, "
+            f"{items.dim}) and int64 ({items.num_items},)"
         )
     if not bool((counts >= 0).all() & (counts > 0).any()):
         raise InputError("counts must be at least 0, and one of them above 0: items are drawn by them")

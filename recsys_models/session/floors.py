@@ -143,7 +143,12 @@ class Scored(ItemScorer):
 
     def scoring(self, queries: Tensor, chunk: int | None = None) -> Callable[[Ids], Tensor]:  # type: ignore[override]
         """Hand the scores out, a copy of them."""
-        return lambda ids: queries[:, ids.start : ids.stop].clone() if isinstance(ids, range) else queries[:, ids]
+
+        def scores(ids: Ids, out: Tensor | None = None) -> Tensor:
+            found = queries[:, ids.start : ids.stop].clone() if isinstance(ids, range) else queries[:, ids]
+            return found if out is None else out.copy_(found)
+
+        return scores
 
     def score_pairs(self, queries: Tensor, ids: Tensor) -> Tensor:
         """Scores of some items for each query: float32 ``(N, n)``."""

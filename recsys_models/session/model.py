@@ -22,7 +22,7 @@ from recsys_models.session.encoders import Encoder, Examples, Sessions
 from recsys_models.session.items import Items, ItemTable
 from recsys_models.session.layers import inside
 from recsys_models.session.objectives import Objective
-from recsys_models.session.ranker import Ranker, check_sessions
+from recsys_models.session.ranker import Ranker, check_sessions, check_targets
 
 
 class SessionModel(Ranker):
@@ -113,7 +113,13 @@ class SessionModel(Ranker):
     # ---- training ---------------------------------------------------------------------------------------------------
 
     def prepare(self, batch: SessionBatch) -> Examples:
-        """What to learn from a batch."""
+        """What to learn from a batch.
+
+        Raises:
+            InputError: if its sessions are none, see `forward`, or a target is neither an item nor `NO_TARGET`.
+        """
+        check_sessions(batch.items, batch.lengths)
+        check_targets(batch.targets, self.num_items)
         return self.encoder.prepare(batch)
 
     def learn(self, examples: Examples) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from embcomp.errors import InputError
 from embcomp.scoring import ItemScorer
+from recsys_models.data import NO_TARGET
 
 
 class Ranker(nn.Module, ABC):
@@ -34,6 +35,19 @@ class Ranker(nn.Module, ABC):
     @abstractmethod
     def scorer(self) -> ItemScorer:
         """What scores queries."""
+
+
+def check_targets(targets: Tensor, num_items: int) -> None:
+    """Raise `InputError` unless targets, int64 of any shape, are items in ``[0, V)``, or `NO_TARGET`."""
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"targets {targets.dtype} must be int64: call .long()")
+    wrong = ((targets < 0) | (targets >= num_items)) & (targets != NO_TARGET)
+    if wrong.any():
+        place = wrong.nonzero()[0]
+        raise InputError(
+            f"target {int(targets[tuple(place)])} at {place.tolist()} is no item: there are items in [0, {num_items}), "
+            f"and {NO_TARGET} stands where there is no target"
+        )
 
 
 def check_sessions(items: Tensor, lengths: Tensor) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from embcomp import EmbeddingTables, TableSpec
-from embcomp.config import check_at_least, check_choice
+from embcomp.config import check_at_least, check_choice, check_option_types
 from embcomp.errors import ConfigError, did_you_mean
 from recsys_models.data import Attribute, Catalogue
 from recsys_models.session.bert4rec import BERT4Rec
@@ -32,6 +32,8 @@ ENCODERS: dict[str, type[Encoder]] = {
     "m2trec": M2TRec,
 }
 """Name -> encoder, as in configs and on the command line."""
+FLOORS = {"popularity": "Popularity", "item_knn": "ItemKNN"}
+"""Name -> class of what session models should beat, which has neither tables nor options of them."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class ModelConfig(ObjectiveConfig):
         max_length: items of a session that are read, the last ones.
         targets: what is learned from: ``"positions"``, each of which predicts the item after it, in one pass, or
             ``"prefixes"``, each a pass of its own whose next item is the only target; None for what the model's encoder
-            has. SASRec, GRU4Rec and causal M2TRec take either.
+            has. SASRec, GRU4Rec, NARM and causal M2TRec take either.
         windows: what is learned from longer sessions by models that learn from every position: the ``"last"`` items,
             or ``"all"``, window by window.
         categories: attribute -> weight of its loss, for those that are predicted along with the next item; None for
@@ -118,6 +120,11 @@ def get_encoder(name: str) -> type[Encoder]:
     Raises:
         ConfigError: if there is none; the message names the nearest.
     """
+    if name in FLOORS:
+        raise ConfigError(
+            f"{name!r} has no tables to compress, and nothing to train: make recsys_models.session.{FLOORS[name]}, or "
+            "run python -m benchmarks.floors for its metrics"
+        )
     if name not in ENCODERS:
         raise ConfigError(f"no session model {name!r}; {did_you_mean(name, ENCODERS)}")
     return ENCODERS[name]
@@ -180,11 +187,15 @@ def build_session_model(
         options: of the model; see `ModelConfig` and the encoder's class.
 
     Raises:
-        ConfigError: for an unknown model or option, or a value that is refused.
+        ConfigError: for an unknown model or option, a value that is refused, or tables of other sizes than
+            `session_specs` has.
+        InputError: if a table is missing.
     """
     config, of_encoder = _split(name, options)
     if residual is not None and config.items != "hybrid":
         raise ConfigError(f"residual= is of items='hybrid', and these are items={config.items!r}")
+    specs = session_specs(name, catalogue, tables.embedding_dim, **options)
+    _check_tables(specs, tables, residual, config.items == "hybrid")
     items: Items
     if config.items == "id":
         items = ItemTable(tables)
@@ -224,7 +235,26 @@ def _split(name: str, options: dict[str, Any]) -> tuple[ModelConfig, dict[str, A
             raise ConfigError(f"model {name!r} has no option {option!r}; {did_you_mean(option, known)}")
     shared = {option.name for option in dataclasses.fields(ModelConfig)}
     config = ModelConfig(**{key: value for key, value in options.items() if key in shared}).completed(name)
-    return config, {key: value for key, value in options.items() if key not in shared}
+    of_encoder = {key: value for key, value in options.items() if key not in shared}
+    check_option_types(ENCODERS[name].__name__, ENCODERS[name].__init__, of_encoder)
+    return config, of_encoder
+
+
+def _check_tables(
+    specs: Sequence[TableSpec], tables: EmbeddingTables, residual: EmbeddingTables | None, is_hybrid: bool
+) -> None:
+    """Compare tables with what the model needs; a residual may be of fewer items, if it has a policy for new ones."""
+    for spec in specs:
+        group = tables if residual is None or spec.name != ITEM else residual
+        number = group.specs[group.index_of(spec.name)].num_embeddings
+        if is_hybrid and spec.name == ITEM and number < spec.num_embeddings and group.config.unseen != "error":
+            continue
+        if number != spec.num_embeddings:
+            raise ConfigError(
+                f"table {spec.name!r} has {number} ids, and the catalogue {spec.num_embeddings}: build tables of "
+                f"session_specs with the same catalogue and options, or, where items are new, let the table grow: "
+                f"embcomp.resize_(tables, {{{spec.name!r}: {spec.num_embeddings}}})"
+            )
 
 
 def _encoder(name: str, dim: int, config: ModelConfig, options: dict[str, Any]) -> Encoder:

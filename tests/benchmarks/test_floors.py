@@ -27,7 +27,11 @@ def test_floors_are_printed_as_markdown(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["data=sessions/synthetic"], "did you mean"), (["data=sessions/yoochoose", "data_root=/nowhere"], "/nowhere")],
+    [
+        (["data=sessions/synthetic"], "did you mean"),
+        (["data=sessions/yoochoose", "data_root=/nowhere"], "/nowhere"),
+        (["data=sessions/synthetic_sessions", "data.x=1"], "data.x"),
+    ],
 )
 def test_wrong_arguments(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embcomp import FullConfig, build_tables
 from embcomp.errors import InputError
 from embcomp.scoring import MatrixScorer, top_k
 from recsys_models.data import Cases, Catalogue
@@ -21,6 +22,7 @@ from recsys_models.ranking import (
     sliced_metrics,
     slices_of,
 )
+from recsys_models.session import build_session_model, session_specs
 from tests.recsys_models.session.tiny import NUM_ITEMS, sequences, tiny_log, tiny_model
 
 
@@ -105,6 +107,18 @@ def test_zeros_behind_the_end_of_a_session_are_not_seen_items():
         seen_items(items, torch.tensor([3, 4, 0]))
 
 
+def test_bug_items_that_a_policy_takes_but_no_ranking_has_are_not_seen_items():
+    """They were handed to `top_k`, which refused them."""
+    items, lengths = torch.tensor([[3, -7, 500]]), torch.tensor([3])
+    assert seen_items(items, lengths, NUM_ITEMS).tolist() == [[3, -1, -1]]
+    log = tiny_log()
+    model = build_session_model(
+        "sasrec", build_tables(session_specs("sasrec", log.catalogue, 8), FullConfig(unseen="hash")), log.catalogue
+    )
+    outsider = Cases(sequences([3, 500, 4]), np.array([0], np.int32), np.array([2], np.int32))
+    assert 0 <= rank_cases(model, outsider, filters_seen=True)[0] < NUM_ITEMS
+
+
 def test_a_model_that_scores_all_alike_is_not_rewarded():
     class Alike(torch.nn.Module):
         max_length = 5
@@ -134,7 +148,7 @@ def test_the_bounds_of_metadata_are_reached_by_a_model_that_knows_the_right_attr
     targets = log.test.targets.tolist()
 
     class Knowing(torch.nn.Module):
-        max_length = 5
+        num_items, max_length = NUM_ITEMS, 5
 
         def queries(self, items, lengths):
             return torch.stack([torch.from_numpy(group == group[targets.pop(0)]).float() for _ in items])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
@@ -25,6 +26,9 @@ class Attribute:
         counts: int64 ``(num_values,)``, train events on items that have the value.
         names: ``(num_values - 1,)``, the raw value behind each id but the last, int64 or text; None if unknown.
         is_bag: whether an item has any number of values, distinct ones; else it has exactly one.
+
+    Raises:
+        DataError: if these do not go together.
     """
 
     name: str
@@ -34,6 +38,28 @@ class Attribute:
     counts: np.ndarray
     names: np.ndarray | None
     is_bag: bool
+
+    def __post_init__(self) -> None:
+        lengths = self.lengths
+        if self.offsets.ndim != 1 or not len(self.offsets) or self.offsets[0] != 0 or (lengths < 0).any():
+            raise DataError(f"attribute {self.name!r}: offsets must be (I + 1,), begin with 0 and never fall")
+        if self.values.shape != (self.offsets[-1],):
+            raise DataError(
+                f"attribute {self.name!r}: values {self.values.shape}, but offsets end with {self.offsets[-1]}"
+            )
+        if len(self.values) and not 0 <= self.values.min() <= self.values.max() < self.num_values:
+            raise DataError(
+                f"attribute {self.name!r}: values of {self.values.min()} to {self.values.max()} must be in "
+                f"[0, {self.num_values})"
+            )
+        if self.counts.shape != (self.num_values,):
+            raise DataError(f"attribute {self.name!r}: counts {self.counts.shape} must be ({self.num_values},)")
+        if not self.is_bag and (lengths != 1).any():
+            item = int(np.flatnonzero(lengths != 1)[0])
+            raise DataError(
+                f"attribute {self.name!r}: item {item} has {lengths[item]} values, but must have one; give it the last "
+                "id where its value is not known, or set is_bag"
+            )
 
     @property
     def unknown_id(self) -> int:
@@ -67,6 +93,9 @@ class Catalogue:
         counts: int64 ``(I,)``, train events per item.
         values: ``(I,)``, raw keys, int64 or text.
         attributes: what is known about the items.
+
+    Raises:
+        DataError: if these are not of as many items, or a count is below 0.
     """
 
     num_items: int
@@ -74,10 +103,24 @@ class Catalogue:
     values: np.ndarray
     attributes: tuple[Attribute, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name, found in (("counts", self.counts.shape), ("values", self.values.shape)):
+            if found != (self.num_items,):
+                raise DataError(f"catalogue of {self.num_items} items: {name} {found} must be ({self.num_items},)")
+        if (self.counts < 0).any():
+            raise DataError(f"catalogue: item {int(self.counts.argmin())} has count {self.counts.min()}, below 0")
+        for attribute in self.attributes:
+            if len(attribute.lengths) != self.num_items:
+                raise DataError(
+                    f"attribute {attribute.name!r} is of {len(attribute.lengths)} items, the catalogue of "
+                    f"{self.num_items}"
+                )
+
     @property
     def num_seen(self) -> int:
-        """Number of items that occur in training; their ids are those below it."""
-        return int(np.count_nonzero(self.counts))
+        """Number of items that occur in training, whose ids are those below it."""
+        occurring = np.flatnonzero(self.counts)
+        return int(occurring[-1]) + 1 if len(occurring) else 0
 
     def attribute(self, name: str) -> Attribute:
         """Return the attribute called ``name``.
@@ -140,7 +183,8 @@ def _lengthened(attribute: Attribute, values: list[Any], number: int) -> Attribu
     for value in values:
         if attribute.is_bag and value is not None and (isinstance(value, str) or not isinstance(value, Iterable)):
             raise DataError(f"attribute {attribute.name!r} is a bag: give a list of values per item, not {value!r}")
-        own = ([] if value is None else value) if attribute.is_bag else [value]
+        own = ([] if value is None else list(value)) if attribute.is_bag else [value]
+        _check_kind(attribute, own)
         bags.append(sorted({ids.get(part, attribute.unknown_id) for part in own}))
     flat = np.array([part for bag in bags for part in bag], np.int32)
     offsets = attribute.offsets[-1] + np.cumsum([len(bag) for bag in bags], dtype=np.int64)
@@ -149,6 +193,16 @@ def _lengthened(attribute: Attribute, values: list[Any], number: int) -> Attribu
         values=np.concatenate([attribute.values, flat]),
         offsets=np.concatenate([attribute.offsets, offsets]),
     )
+
+
+def _check_kind(attribute: Attribute, values: list[Any]) -> None:
+    """Raise `DataError` unless raw values are of the kind that the attribute's names have."""
+    assert attribute.names is not None
+    is_text = attribute.names.dtype.kind in "UO"
+    for value in values:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, str if is_text else Integral)):
+            kind = "a text" if is_text else "an integer"
+            raise DataError(f"attribute {attribute.name!r}: {value!r} must be {kind}, as its values are, or None")
 
 
 def _refine(group: np.ndarray, attribute: Attribute) -> np.ndarray:

@@ -124,6 +124,6 @@ class Cases:
 
 def check_length(length: int) -> int:
     """Return ``length``, or raise a :class:`DataError` unless it is at least 1."""
-    if length < 1:
-        raise DataError(f"length is {length}, must be at least 1")
+    if isinstance(length, bool) or not isinstance(length, int | np.integer) or length < 1:
+        raise DataError(f"length is {length!r}, must be an int of at least 1")
     return length

@@ -203,8 +203,10 @@ VECTORS, COUNTS = torch.arange(NUM_ITEMS * 16.0).view(NUM_ITEMS, 16), torch.aran
 @pytest.mark.parametrize(
     ("vectors", "counts", "message"),
     [
-        (VECTORS[:5], COUNTS, r"must be float32 \(30, 16\)"),
-        (VECTORS, COUNTS[:5], r"must be float32 \(30, 16\)"),
+        (VECTORS[:5], COUNTS, r"must be float32 tensors \(30, 16\)"),
+        (VECTORS.long(), COUNTS, r"vectors torch.int64 \(30, 16\).*must be float32"),
+        (VECTORS.tolist(), COUNTS, "vectors list"),
+        (VECTORS, COUNTS[:5], r"must be float32 tensors \(30, 16\)"),
         (VECTORS, 0 * COUNTS, "one of them above 0"),
         (VECTORS, COUNTS - 1, "at least 0"),
         (VECTORS.masked_fill(COUNTS[:, None] == 3, NAN), COUNTS, "1 items are not finite"),
@@ -223,12 +225,24 @@ def test_vectors_that_cannot_be_distilled(vectors, counts, message):
 
 @pytest.mark.parametrize(
     "options",
-    [{"batch_size": 0}, {"steps": -1}, {"learning_rate": 0.0}, {"learning_rate": NAN}, {"learning_rate": INF}],
+    [
+        {"batch_size": 0},
+        {"steps": -1},
+        {"steps": 3.5},
+        {"learning_rate": 0.0},
+        {"learning_rate": NAN},
+        {"learning_rate": INF},
+    ],
 )
 def test_distillation_options_out_of_range(options):
     ((name, value),) = options.items()
     with pytest.raises(ConfigError, match=f"{name}={value}"):
         distill_(tiny_model(tiny_log(), "m2trec").items, VECTORS, COUNTS, **options)
+
+
+def test_counts_may_be_a_list():
+    model = tiny_model(tiny_log(), "m2trec")
+    assert distill_(model.items, VECTORS, COUNTS.tolist(), steps=0) == distill_(model.items, VECTORS, COUNTS, steps=0)
 
 
 def test_distilling_no_steps_says_how_far_items_are():

@@ -76,6 +76,18 @@ def test_bug_floors_check_sessions_as_models_do(make):
     assert torch.equal(model.queries(items.int(), torch.tensor([3]).int()), model.queries(items, torch.tensor([3])))
 
 
+@pytest.mark.parametrize("chunk", [None, 1, 7])
+def test_bug_every_score_of_a_floor_is_its_query(chunk):
+    """It could not be asked for: what hands scores out did not write them to where they are put together."""
+    log = tiny_log()
+    for model in (Popularity(log.catalogue.counts), ItemKNN(log.train, NUM_ITEMS)):
+        queries = model.queries(torch.tensor([[3, 4], [9, 0]]), torch.tensor([2, 1]))
+        for context in (torch.enable_grad, torch.inference_mode):
+            with context():
+                assert torch.equal(model.scorer().every_score(queries, chunk), queries)
+                assert torch.equal(model.scorer().scores(queries, 2, 5), queries[:, 2:5])
+
+
 def test_counts_are_told_apart_however_large_they_are():
     popular = Popularity(np.array([2**24, 2**24 - 1, 2**24 - 1, 5]))
     queries = popular.queries(torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, dtype=torch.int64))

@@ -106,7 +106,7 @@ def test_an_item_of_which_nothing_is_known_has_a_vector_all_the_same():
 def test_what_composes_items_is_counted_and_small(num_values, width, bag_pooling):
     catalogue = tiny_log().catalogue
     kind, words = attributes()
-    large = dataclasses.replace(words, num_values=num_values)
+    large = dataclasses.replace(words, num_values=num_values, counts=np.resize(words.counts, num_values))
     object.__setattr__(catalogue, "attributes", (kind, large))
     tables, items = items_of(catalogue, bag_pooling=bag_pooling)
     network = 4 * sum(parameter.numel() for parameter in items.parameters())

@@ -58,7 +58,8 @@ def test_the_last_position_alone_gives_what_all_positions_do(name, options):
     with torch.no_grad():
         for parameter in model.encoder.parameters():
             parameter.mul_(3)
-    sessions = model.embed(model.prepare(SessionBatch(*padded(SESSIONS), None)))
+    items, lengths = padded(SESSIONS)
+    sessions = model.embed(model.prepare(SessionBatch(items, lengths, torch.full_like(items, NO_TARGET))))
     rows = torch.arange(len(SESSIONS))
     every = model.encoder.hidden(sessions)[rows, sessions.lengths - 1]
     torch.testing.assert_close(model.encoder(sessions), every, rtol=1e-4, atol=1e-5)

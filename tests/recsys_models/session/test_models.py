@@ -1,16 +1,19 @@
 """What holds for every session model, and input that none of them takes."""
 
 import copy
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from embcomp import FullConfig, build_tables, resize_
 from embcomp.errors import ConfigError, InputError
 from embcomp.scoring import cross_entropy, softmax
 from recsys_models.data import NO_TARGET, SessionBatch
-from recsys_models.session import ENCODERS, session_specs
+from recsys_models.session import ENCODERS, build_session_model, session_specs
 from tests.recsys_models.session.tiny import (
     NAMES,
     NUM_ITEMS,
@@ -182,7 +185,12 @@ def test_only_positions_with_a_target_are_learned():
         ("gru4rec", {"hidden": 0}, "at least 1"),
         ("narm", {"layers": 0}, "layers=0: must be an int of at least 1"),
         ("narm", {"hidden": 0}, "hidden=0"),
-        ("sasrec", {"blocks": 2.0}, "blocks=2.0: must be an int"),
+        ("sasrec", {"blocks": 2.0}, r"SASRec\(blocks=2.0\): must be int, not float"),
+        ("sasrec", {"dropout": "0.1"}, r"SASRec\(dropout='0.1'\): must be float, not str"),
+        ("bert4rec", {"mask_share": None}, r"BERT4Rec\(mask_share=None\)"),
+        ("m2trec", {"causal": "no"}, r"M2TRec\(causal='no'\): must be bool, not str"),
+        ("item_knn", {}, "recsys_models.session.ItemKNN"),
+        ("popularity", {}, "no tables to compress.*benchmarks.floors"),
         ("sasrec", {"feedforward": 0}, "feedforward=0"),
         ("bert4rec", {"feedforward": -2}, "feedforward=-2"),
         ("sr_gnn", {"steps": 0}, "steps=0"),
@@ -226,6 +234,54 @@ def test_bug_windows_of_what_learns_from_prefixes_are_refused_before_training(na
 )
 def test_windows_of_what_learns_from_positions_are_taken(name, options):
     assert tiny_model(LOG, name, windows="all", **options).windows == "all"
+
+
+@pytest.mark.parametrize("batch_of", ["positions", "prefixes"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("wrong", [-1, NUM_ITEMS, 999])
+def test_bug_targets_that_are_no_items_are_named(wrong, name, batch_of):
+    """BERT4Rec learned item 0 in the place of -1, and other losses ignored what is outside, or failed anywhere."""
+    if batch_of == "positions":
+        items, lengths, targets = torch.tensor([[4, 7, 9]]), torch.tensor([3]), torch.tensor([[7, 9, wrong]])
+    else:
+        items, lengths, targets = torch.tensor([[4, 7, 9]] * 2), torch.tensor([3, 2]), torch.tensor([1, wrong])
+    with pytest.raises(InputError, match=rf"target {wrong} at \[.*no item: there are items in \[0, {NUM_ITEMS}\)"):
+        tiny_model(LOG, name).prepare(SessionBatch(items, lengths, targets))
+
+
+def test_targets_are_integers():
+    with pytest.raises(InputError, match=r"targets torch.float32 must be int64"):
+        tiny_model(LOG).prepare(SessionBatch(torch.tensor([[4, 7]]), torch.tensor([2]), torch.tensor([3.0])))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "table"),
+    [("sasrec", {}, "item"), ("m2trec", {}, "kind"), ("m2trec", {"items": "hybrid"}, "item")],
+)
+@pytest.mark.parametrize("extra", [-1, 1])
+def test_bug_tables_of_another_catalogue_are_refused(name, options, table, extra):
+    """Rankings were among the ids of a table that was too large, and one too small failed at the first lookup."""
+    specs = session_specs(name, LOG.catalogue, 16, **options)
+    other = [dataclasses.replace(s, num_embeddings=s.num_embeddings + extra * (s.name == table)) for s in specs]
+    with pytest.raises(ConfigError, match=f"table '{table}' has .* ids, and the catalogue .*resize_"):
+        build_session_model(name, build_tables(other), LOG.catalogue, **options)
+
+
+def test_new_items_of_a_residual_need_a_policy_or_rows():
+    named = [dataclasses.replace(a, names=np.arange(a.num_values - 1)) for a in LOG.catalogue.attributes]
+    catalogue = dataclasses.replace(LOG.catalogue, attributes=tuple(named)).with_items([100, 101], {})
+    specs = session_specs("m2trec", LOG.catalogue, 16, items="hybrid")
+    zeros = build_tables(specs, FullConfig(unseen="zero"))
+    model = build_session_model("m2trec", zeros, catalogue, items="hybrid").eval()
+    plain = build_session_model("m2trec", zeros, catalogue).eval()
+    plain.load_state_dict(model.state_dict())
+    new = torch.tensor([NUM_ITEMS, NUM_ITEMS + 1])
+    assert torch.equal(model.items(new), plain.items(new))
+    grown = build_tables(specs)
+    with pytest.raises(ConfigError, match=r"resize_\(tables, {'item': 32}\)"):
+        build_session_model("m2trec", grown, catalogue, items="hybrid")
+    resize_(grown, {"item": 32})
+    assert build_session_model("m2trec", grown, catalogue, items="hybrid").items(new).shape == (2, 16)
 
 
 def test_metadata_needs_attributes():

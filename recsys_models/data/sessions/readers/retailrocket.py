@@ -58,7 +58,7 @@ class Retailrocket(TimedReader):
         """Check the options."""
         super().__post_init__()
         check_at_least(self.name, "max_gap_minutes", self.max_gap_minutes, 0)
-        if not set(self.kinds.split(",")) <= set(_KINDS):
+        if not set(self._kinds) <= set(_KINDS):
             raise DataError(
                 f"{self.name}: option kinds is {self.kinds!r}, must be of {', '.join(_KINDS)}, separated by commas"
             )
@@ -82,6 +82,10 @@ class Retailrocket(TimedReader):
             attributes.append(RawAttribute("parent", known, owners, parents, times=since / 1000))
         return Events(sessions, items, times / 1000), tuple(attributes)
 
+    @property
+    def _kinds(self) -> list[str]:
+        return [kind.strip() for kind in self.kinds.split(",")]
+
     def _events(self, path: Path, log: MalformedLog) -> Iterator[tuple[np.ndarray, ...]]:
         wanted = ("timestamp", "visitorid", "event", "itemid")
         dialect, (time, visitor, event, item) = find_columns(path, ",", wanted, _EXPECTED_EVENTS)
@@ -89,7 +93,7 @@ class Retailrocket(TimedReader):
             columns = rows.integers(time, "timestamp"), rows.integers(visitor, "visitor"), rows.integers(item, "item")
             kinds = rows.text(event, "event")
             rows.expect(np.isin(kinds, _KINDS), kinds, "event", f"one of {', '.join(_KINDS)}")
-            yield tuple(column[rows.good & np.isin(kinds, self.kinds.split(","))] for column in columns)
+            yield tuple(column[rows.good & np.isin(kinds, self._kinds)] for column in columns)
 
 
 def cut_sessions(visitors: np.ndarray, times: np.ndarray, max_gap: int) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Ids by train frequency, attributes, and items that nothing tells apart, against plain Python."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -200,8 +202,45 @@ class TestNewItems:
             ),
             ([5], {"words": [7]}, "attribute 'words' is a bag: give a list of values per item, not 7"),
             ([5], {"words": ["79"]}, "is a bag: give a list"),
+            ([5], {"words": [[["a"]]]}, r"attribute 'words': \['a'\] must be"),
+            ([5], {"kind": [["a"]]}, r"attribute 'kind': \['a'\] must be a"),
+            ([5], {"kind": [True]}, "attribute 'kind': True must be a"),
         ],
     )
     def test_that_do_not_fit_are_an_error(self, catalogue, keys, values, message):
         with pytest.raises(DataError, match=message):
             catalogue.with_items(keys, values)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"offsets": np.array([1, 2, 2, 3])}, "attribute 'words': offsets must be"),
+            ({"offsets": np.array([0, 2, 1, 3])}, "never fall"),
+            ({"offsets": np.array([0, 2, 2, 4])}, r"values \(3,\), but offsets end with 4"),
+            ({"values": np.array([0, 1, 3], np.int32)}, r"values of 0 to 3 must be in \[0, 3\)"),
+            ({"values": np.array([-1, 1, 1], np.int32)}, "values of -1 to 1"),
+            ({"counts": np.array([4, 3])}, r"counts \(2,\) must be \(3,\)"),
+            ({"is_bag": False}, "item 0 has 2 values, but must have one"),
+        ],
+    )
+    def test_bug_attributes_that_contradict_themselves_are_refused(self, catalogue, changes, message):
+        """Models of them failed far from here, or composed items of values of others."""
+        with pytest.raises(DataError, match=message):
+            dataclasses.replace(catalogue.attributes[1], **changes)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"num_items": 4}, r"catalogue of 4 items: counts \(3,\) must be \(4,\)"),
+            ({"values": np.arange(2)}, r"values \(2,\) must be \(3,\)"),
+            ({"counts": np.array([4, 2, -1])}, "item 2 has count -1, below 0"),
+            (
+                {"num_items": 2, "counts": np.array([4, 2]), "values": np.arange(2)},
+                "attribute 'kind' is of 3 items, the catalogue of 2",
+            ),
+        ],
+    )
+    def test_bug_catalogues_that_contradict_their_attributes_are_refused(self, catalogue, changes, message):
+        """A model of metadata had as many items as the first attribute."""
+        with pytest.raises(DataError, match=message):
+            dataclasses.replace(catalogue, **changes)

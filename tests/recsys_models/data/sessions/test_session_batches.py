@@ -144,8 +144,8 @@ def make_case(row, end):
     [
         (lambda: make_batches().epoch(0, 6), r"start in \[0, 5\]"),
         (lambda: make_sequences([[1, 2]]).batches(0, 4), "batch_size is 0, must be at least 1"),
-        (lambda: make_sequences([[1, 2]]).batches(5, 0), "length is 0, must be at least 1"),
-        (lambda: make_case(0, 1).batches(5, 0), "length is 0, must be at least 1"),
+        (lambda: make_sequences([[1, 2]]).batches(5, 0), "length is 0, must be an int of at least 1"),
+        (lambda: make_case(0, 1).batches(5, 0), "length is 0, must be an int of at least 1"),
         (lambda: make_batches(mode="prefix"), "mode 'prefix' with windows 'last': must be 'positions' with"),
         (lambda: make_batches(mode="prefixes", windows="all"), "mode 'prefixes' with windows 'all'"),
         (lambda: make_case(0, 3).batches(5, 4), r"case 1 is a prefix of 3 items of sequence 0, must be in \[1, 2\]"),
