@@ -80,7 +80,7 @@ def write_checkpoint(folder: Path, content: Mapping[str, Any], tensors: Mapping[
     temporary = folder / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(dict(tensors), temporary, metadata={"format": "pt"})
+        write_tensors(temporary, tensors, {"format": "pt"})
         sync(temporary)
         digest, size = _digest(temporary), temporary.stat().st_size
         weights = folder / f"model-{digest[:16]}.safetensors"
@@ -103,6 +103,17 @@ def write_checkpoint(folder: Path, content: Mapping[str, Any], tensors: Mapping[
         with contextlib.suppress(OSError):  # where there is no folder, there is none to remove it from
             temporary.unlink()
     return folder
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file that whoever may read other files of the folder can read.
+
+    safetensors lets nobody but the owner read what it writes: who trains could not write for who serves.
+    """
+    file.touch()
+    mode = file.stat().st_mode
+    safetensors.torch.save_file(dict(tensors), file, dict(metadata))
+    file.chmod(mode)
 
 
 def sealed(content: Mapping[str, Any], allow_nan: bool = False) -> dict[str, Any]:

@@ -73,6 +73,7 @@ def saved_groups(checkpoint: Checkpoint) -> list[SavedGroup]:
         state = {
             name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)
         }
+        state = empty.upgraded(state)
         compare_states(empty.state_dict(), state, checkpoint.weights_file, prefix, dtypes=True)
         try:
             empty.check_state(state)
@@ -214,6 +215,7 @@ def load_compressed(model: nn.Module, saved: Sequence[SavedGroup], checkpoint: C
     for prefix, tables in groups.items():
         if by_prefix[prefix].empty.is_final:
             tables.finalize_()
+        tables.take_specs_(by_prefix[prefix].empty.specs)
         tables.load_state_dict(by_prefix[prefix].state, assign=any(p.is_meta for p in tables.parameters()))
         by_prefix[prefix].set_rounding_of(tables)
         tables.load_front_(by_prefix[prefix].empty.front_state())

@@ -172,6 +172,14 @@ class TableHooks(nn.Module):
         """What `pareto` and `cut_` need beside a state dict, as JSON values, to be saved; None where nothing."""
         return None
 
+    def take_specs_(self, specs: Sequence[TableSpec]) -> None:
+        """Take over specs of the same tables that began with other deviations, before a state of theirs is loaded."""
+        self.specs = tuple(specs)
+
+    def upgraded(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state of these very tables with what states of an older embcomp had not."""
+        return state
+
     def load_front_(self, state: Mapping[str, Any] | None) -> None:
         """Take over a `front_state` of the same tables; None for no front.
 

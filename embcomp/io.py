@@ -37,7 +37,8 @@ def save_pretrained(module: nn.Module | Compression, folder: str | Path) -> Path
     time; others may load from it meanwhile.
 
     Args:
-        module: `EmbeddingTables`, a model with compressed tables, or what `compress_` returned.
+        module: `EmbeddingTables`, a model with compressed tables, or what `compress_` returned. Of what
+            ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` wrap, the model is saved.
         folder: made if it is not there.
 
     Returns:
@@ -49,7 +50,7 @@ def save_pretrained(module: nn.Module | Compression, folder: str | Path) -> Path
             lie in several processes.
         WriteError: if the folder can't be written to; it has the older checkpoint then, or the new one, whole.
     """
-    model = module.model if isinstance(module, Compression) else module
+    model = unwrapped(module.model if isinstance(module, Compression) else module)
     if any(tables.is_sharded for tables in find_groups(model).values()):
         raise IncompatibleStateError("rows of these tables lie in several processes: use save_sharded in all of them")
     return write_pretrained(model, folder, model.state_dict())
@@ -105,7 +106,7 @@ def load_pretrained_(model: nn.Module, folder: str | Path, verbose: bool = True)
     the model is touched.
 
     Args:
-        model: built like the saved one.
+        model: built like the saved one; of what is wrapped, see `save_pretrained`, the model within is loaded.
         folder: where `save_pretrained` saved.
         verbose: print the report.
 
@@ -115,6 +116,8 @@ def load_pretrained_(model: nn.Module, folder: str | Path, verbose: bool = True)
     """
     checkpoint = read_checkpoint(Path(folder))
     saved = saved_groups(checkpoint)
+    if {group.prefix for group in saved} != find_groups(model).keys():
+        model = unwrapped(model)
     if find_groups(model):
         groups = load_compressed(model, saved, checkpoint)
     else:
@@ -124,6 +127,17 @@ def load_pretrained_(model: nn.Module, folder: str | Path, verbose: bool = True)
     if verbose:
         print(handle.report())
     return handle
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model in what compiles it or copies it to several devices, whose names have a prefix of theirs."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile, slow to import
+            model = inner
+        else:
+            return model
 
 
 def _describe(prefix: str, tables: EmbeddingTables) -> dict[str, Any]:

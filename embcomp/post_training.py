@@ -75,7 +75,7 @@ def relative_error(
     Args:
         groups: that have all tables.
         weights: table name -> ``(V, D)``.
-        counts: table name -> ``(V,)``, c; 1 for tables that are not in it.
+        counts: table name -> ``(V,)``, c; 1 for tables that are not in it, or of which no id is counted.
 
     Returns:
         Table name -> error, 0 being exact and 1 that of zeros; under ``""`` that of all tables together.
@@ -93,6 +93,8 @@ def relative_error(
 def _squares(tables: EmbeddingTables, name: str, source: RowSource, counts: Tensor | None) -> tuple[float, float]:
     """Squared errors and squares of a table, summed in float64."""
     error = whole = 0.0
+    if counts is not None and not counts.any():
+        counts = None
     for rows in source.chunks():
         wanted = source[rows].double()  # whose squares float32 may not hold
         wrong = tables(ids_of(rows, source.device), name) - wanted

@@ -124,6 +124,10 @@ def check_group(specs: Sequence[TableSpec]) -> tuple[TableSpec, ...]:
     return specs
 
 
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+"""Dtypes that torch can do little with; as float64 they are exact up to 2⁵³."""
+
+
 def _checked_counts(by_name: Mapping[str, TableSpec], counts: Mapping[str, Any]) -> dict[str, Tensor]:
     checked = {}
     for name, values in counts.items():
@@ -133,8 +137,13 @@ def _checked_counts(by_name: Mapping[str, TableSpec], counts: Mapping[str, Any])
             raise SpecError(
                 f"counts of table {name!r} have shape {tuple(count.shape)}, its ids need ({spec.num_embeddings},)"
             )
-        if not torch.isfinite(count.double()).all() or (count < 0).any():
+        if count.is_complex():
+            raise SpecError(f"counts of table {name!r} are {count.dtype}: they must be real numbers")
+        exact = count.double()  # unsigned ones can't be compared
+        if not torch.isfinite(exact).all() or (exact < 0).any():
             raise SpecError(f"counts of table {name!r} must be finite and at least 0")
+        if count.dtype in _UNSIGNED:
+            count = exact
         checked[name] = count
     return checked
 

@@ -191,6 +191,18 @@ def test_more_and_fewer_slots(slots):
         assert torch.equal(tables.residents_of("user"), before.residents_of("user"))
 
 
+def test_bug_of_living_residents_those_keep_their_slots_that_were_looked_up_more_often():
+    """With a time to live all that live score alike, and the smallest ids stayed."""
+    specs, ids = [TableSpec("u", 1000, 4)], torch.tensor([5, 10, 20, 100, 200, 300])
+    config = DynamicConfig(num_slots={"u": 6}, num_fallback={"u": 1}, policy="ttl", ttl=100, interval=1, unseen="hash")
+    tables = embcomp.build_tables(specs, config)
+    for step in range(9):
+        tables(ids if step % 3 == 0 else ids[3:]).sum().backward()
+        tables.step_()
+    resize_(tables, num_slots={"u": 3})
+    assert tables.residents_of("u").tolist() == [100, 200, 300]
+
+
 def test_a_budget_chooses_the_number_of_slots():
     tables = streaming()
     residents = tables.residents_of("user").tolist()

@@ -144,6 +144,69 @@ class TestModels:
         fresh = embcomp.load_pretrained_(make(), tmp_path, verbose=False).model
         assert torch.equal(fresh(IDS), model(IDS))
 
+    @pytest.mark.parametrize(
+        "wrap", [torch.compile, nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model))]
+    )
+    @pytest.mark.parametrize("target", ["plain", "compressed", "wrapped plain", "wrapped compressed"])
+    def test_bug_of_wrapped_models_the_model_within_is_saved_and_loaded(self, target, wrap, tmp_path):
+        """Names had the prefix of the wrapper, and nothing but a model wrapped alike took them."""
+        model = compressed().model
+        nn.init.normal_(model.hidden.weight)
+        embcomp.save_pretrained(wrap(model), tmp_path)
+        fresh = Model() if target.endswith("plain") else compressed().model
+        embcomp.load_pretrained_(wrap(fresh) if "wrapped" in target else fresh, tmp_path, verbose=False)
+        assert same(fresh, model)
+        assert torch.equal(fresh(IDS), model(IDS))
+
+    @pytest.mark.parametrize("way", ["folder", "state", "state of a file"])
+    @pytest.mark.parametrize("final", [False, True])
+    @pytest.mark.parametrize("deviations", [(0.1, 0.9), (0.9, 0.1), (0.5, 0.5)])
+    @pytest.mark.parametrize("strategy", embcomp.list_strategies())
+    def test_bug_tables_that_began_with_other_deviations_take_vectors_over(
+        self, strategy, deviations, final, way, tmp_path
+    ):
+        """`unified` kept scales of its own, which are no weights, so that vectors were others without a word."""
+
+        def made(*std):
+            specs = [embcomp.TableSpec(f"t{i}", 50, 8, init_std=own) for i, own in enumerate(std)]
+            budget = {"full": None, "mixed_dim": "100%"}.get(strategy, "60%")
+            return nn.ModuleDict({"tables": embcomp.build_tables(specs, strategy, budget)})
+
+        model, other = made(0.1, 0.9), made(*deviations)
+        ids = torch.stack([torch.arange(9), torch.arange(9)], 1)
+        if final:
+            model["tables"].finalize_(), other["tables"].finalize_()
+        if way == "folder":
+            embcomp.save_pretrained(model, tmp_path)
+            embcomp.load_pretrained_(other, tmp_path, verbose=False)
+            assert other["tables"].specs == model["tables"].specs
+        elif way == "state":
+            other.load_state_dict(model.state_dict())
+        else:
+            torch.save(model.state_dict(), tmp_path / "state.pt")
+            other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        assert torch.equal(other["tables"](ids), model["tables"](ids))
+
+    def test_bug_dynamic_rows_begin_as_in_the_tables_that_were_saved(self, tmp_path):
+        """New residents of a model loaded into a compressed one were drawn with that one's deviations."""
+
+        def made(std):
+            config = embcomp.DynamicConfig(num_slots={"a": 4}, num_fallback={"a": 2}, unseen="hash", interval=1)
+            return nn.ModuleDict(
+                {"tables": embcomp.build_tables([embcomp.TableSpec("a", 50, 8, init_std=std)], config)}
+            )
+
+        def went_on(model):
+            model["tables"](torch.arange(4)).sum().backward()
+            model["tables"].step_()
+            return model["tables"].state_dict()
+
+        model, other = made(0.3), made(0.7)
+        embcomp.save_pretrained(model, tmp_path)
+        embcomp.load_pretrained_(other, tmp_path, verbose=False)
+        mine, others = went_on(model), went_on(other)
+        assert all(torch.equal(mine[name], others[name]) for name in mine)
+
     def test_memory_that_is_shared_is_saved_once(self, tmp_path):
         embcomp.save_pretrained(compressed().model, tmp_path)
         saved = safetensors.torch.load_file(weights_file(tmp_path))

@@ -1,6 +1,7 @@
 """The folder of a checkpoint: whole at every moment, its files its own, its card true, while others save and load."""
 
 import hashlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import embcomp
 from embcomp import _checkpoint
 from embcomp._checkpoint import CONFIG
+from embcomp.integrations.export import export_fbgemm
 from embcomp.integrations.export.files import whole_file
 from tests.checkpoints import ROOT, compressed, same, tables, weights_file
 
@@ -89,6 +91,20 @@ class TestFolder:
         card = (tmp_path / "README.md").read_text()
         assert f"{handle.memory().serve_bytes} B" in card
         assert "| user | 200 | 8 | hash |" in card
+
+    @pytest.mark.skipif(os.name != "posix", reason="needs modes of files as on Linux and macOS")
+    @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+    def test_bug_whoever_can_read_the_config_can_read_the_weights(self, mask, tmp_path):
+        """safetensors lets the owner alone read what it writes: one user could not serve what another had trained."""
+        before = os.umask(mask)
+        try:
+            embcomp.save_pretrained(tables(), tmp_path)
+            final = embcomp.build_tables([embcomp.TableSpec("a", 20, 8)], embcomp.QuantizeConfig(bits=8), None)
+            if importlib.util.find_spec("fbgemm_gpu"):
+                export_fbgemm(final.finalize(), tmp_path / "a.safetensors")
+        finally:
+            os.umask(before)
+        assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o666 & ~mask}
 
     def test_saving_again_replaces_ones_own_files_and_touches_no_others(self, tmp_path):
         (tmp_path / "notes.txt").write_text("mine")

@@ -72,6 +72,7 @@ class TestKnowledge:
             ([1, 2, 3, 4, -1], "at least 0"),
             ([1, 2, 3, 4, float("nan")], "finite"),
             ([1, 2, 3, 4, float("inf")], "finite"),
+            (torch.ones(5, dtype=torch.complex64), "are torch.complex64: they must be real numbers"),
         ],
     )
     def test_bad_counts(self, counts, message):

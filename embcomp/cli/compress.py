@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from embcomp._checkpoint import CONFIG
 from embcomp.budget import Budget
 from embcomp.cli import weights
 from embcomp.cli.progress import BYTES, progress_bar
@@ -37,6 +38,7 @@ def add_arguments(part: argparse.ArgumentParser) -> None:
     )
     part.add_argument("--budget", help="such as 10%% 64MiB 20x, of all tables together; needed unless --set says sizes")
     part.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the checkpoint goes")
+    part.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
     part.add_argument(
         "--table", nargs="+", action="extend", default=[], metavar="NAME", help=weights.RULE.replace("%", "%%")
     )
@@ -75,13 +77,15 @@ def compress(given: argparse.Namespace) -> Found:
     if allowed is None:
         raise ConfigError(f"--memory {given.memory}: give bytes, such as 8GiB")
     if given.output.exists() and not given.output.is_dir():
-        raise InputError(f"{given.output} is a file: -o takes a folder, which may be a checkpoint that is replaced")
+        raise InputError(f"{given.output} is a file: -o takes a folder")
+    if (given.output / CONFIG).exists() and not given.overwrite:
+        raise InputError(f"{given.output} has a checkpoint already: give another folder, or --overwrite")
     if given.output.resolve() == given.weights.resolve().parent:
         raise InputError(f"{given.weights} lies in {given.output}, where checkpoints are replaced: give another folder")
     read = weights.read_weights(given.weights, given.table)
     specs = [TableSpec(name, *rows.shape) for name, rows in read.tables.items()]
     counts = {} if given.counts is None else weights.read_counts(given.counts, [spec.name for spec in specs])
-    counts = dict(Knowledge.of(specs, counts).counts)
+    counts = {name: count for name, count in Knowledge.of(specs, counts).counts.items() if count.any()}
     with _made(given.output):
         with progress_bar("reading", total=sum(spec.full_bytes for spec in specs), **BYTES) as watch:
             tables = {name: weights.watched(rows, watch) for name, rows in read.tables.items()}

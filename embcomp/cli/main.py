@@ -61,6 +61,12 @@ def _plain(found: Any) -> Any:
 _Answer = tuple[commands.Found, Callable[[commands.Found], str]]
 
 
+def _processes(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
 def _plan(given: argparse.Namespace) -> _Answer:
     for name in given.strategy:
         get_strategy(name)
@@ -98,7 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--table", **several, default=[], metavar="NAME", help=f"in a file of weights, {weights.RULE}")
     plan.add_argument("--dim", type=int, help="dimension of tables of which TABLES does not say it")
     plan.add_argument(
-        "--processes", type=int, metavar="N", help="say also what each of N processes holds where rows are sharded"
+        "--processes",
+        type=_processes,
+        metavar="N",
+        help="say also what each of N processes holds where rows are sharded",
     )
     plan.set_defaults(run=_plan)
 

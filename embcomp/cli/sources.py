@@ -23,7 +23,8 @@ _OPTIONS = (*_SIZE, *_DIM, "padding_idx")
 HELP = (
     ".yaml or .json: {dim: 16, tables: {user: 1000000, item: {size: 5000, dim: 8}}}, where a vocabulary (a mapping or "
     "list of values) may stand for its size: the number of values, or where they have distinct indices that begin with "
-    "0, 1 or 2, the rows up to the last index; .csv or .tsv with columns table, size and, if you like, dim; "
+    "0, 1 or 2, the rows up to the last index; a list of values alone, or a .txt with one in each line, is the "
+    "vocabulary of one table, called as the file; .csv or .tsv with columns table, size and, if you like, dim; "
     ".safetensors, .npy or .pt with weights; or a folder that save_pretrained has written"
 )
 
@@ -117,7 +118,19 @@ def _twice(names: Sequence[str]) -> str | None:
     return next((name for name, number in Counter(names).items() if number > 1), None)
 
 
+def _of_lines(path: Path, dim: int | None) -> list[TableSpec]:
+    values = [line for line in _text(path).splitlines() if line.strip()]
+    if not values:
+        raise SpecError(f"{path} has no line, and so no value of a vocabulary")
+    twice = _twice(values)
+    if twice is not None:
+        raise SpecError(f"{path}: value {twice!r} is there twice: a vocabulary has each value once")
+    return [_spec(path.stem, values, dim, path)]
+
+
 def _of_mapping(content: Any, path: Path, dim: int | None) -> list[TableSpec]:
+    if isinstance(content, list) and content and not isinstance(content[0], dict | list):
+        return [_spec(path.stem, content, dim, path)]
     if not isinstance(content, dict):
         raise SpecError(f"{path} must be a mapping of tables, not a {type(content).__name__}; tables come from {HELP}")
     of_all = [name for name in _DIM if isinstance(content.get(name), int | float | str)]
@@ -129,6 +142,11 @@ def _of_mapping(content: Any, path: Path, dim: int | None) -> list[TableSpec]:
                 f"{', '.join(map(str, content))}; tables come from {HELP}"
             )
         dim, content = _first(content, _DIM, dim), content["tables"]
+    elif len(content) > 1 and _counts_up(content):
+        raise SpecError(
+            f"{path} is a mapping to {', '.join(map(str, list(content.values())[:3]))}, …: if those are indices of one "
+            f"table's values, write {{{path.stem}: {{…}}}} around it; if they are sizes of tables, {{tables: {{…}}}}"
+        )
     return [_spec(name, value, dim, path) for name, value in content.items()]
 
 
@@ -214,4 +232,5 @@ _READERS: dict[str, Callable[[Path, int | None], list[TableSpec]]] = {
     ".yml": _of_yaml,
     ".csv": _of_columns,
     ".tsv": _of_columns,
+    ".txt": _of_lines,
 }

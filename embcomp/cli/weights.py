@@ -32,7 +32,8 @@ RULE = (
 )
 _TORCHREC = re.compile(r"(?:.*\.)?(?:embedding_bags|embeddings)\.[^.]+\.weight")
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
-_NESTED = ("state_dict", "model_state_dict")
+_NESTED = ("state_dict", "model_state_dict", "model", "module")
+"""Keys under which checkpoints of training loops have the state dict."""
 _UNREADABLE = (
     OSError,
     ValueError,
@@ -301,6 +302,11 @@ def _open_torch(path: Path) -> dict[str, _Found]:
     if not isinstance(state, Mapping):
         raise SpecError(f"{path} holds a {type(state).__name__}, no state dict")
     state = next((state[key] for key in _NESTED if isinstance(state.get(key), Mapping)), state)
+    if not any(isinstance(value, Tensor) for value in state.values()):
+        raise SpecError(
+            f"{path} has no tensor, nor a state dict under {', '.join(map(repr, _NESTED))}; its keys are "
+            f"{', '.join(map(repr, list(state)[:5])) or 'none'}: write torch.save(model.state_dict(), path)"
+        )
     return {str(name): _of_tensor(value) for name, value in state.items() if isinstance(value, Tensor)}
 
 

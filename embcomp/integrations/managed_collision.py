@@ -45,10 +45,18 @@ _NO_ID = 2**63 - 1
 
 
 class RememberingCollisionModule(MCHManagedCollisionModule):
-    """TorchRec's module, which also remembers the slots that it gave to other ids.
+    """TorchRec's module, which also remembers the slots that it gave to other ids, and may begin with an empty batch.
 
-    TorchRec 1.8 reports them to its collection, which forgets them: no row is begun anew unless somebody else does.
+    TorchRec 1.8 reports slots to its collection, which forgets them: no row is begun anew unless somebody else does. It
+    sizes the history by the first batch: had that no ids, no id would ever get a slot.
     """
+
+    _input_history_buffer_size: int
+
+    def _init_history_buffers(self, features: Any) -> None:
+        super()._init_history_buffers(features)
+        if not self._input_history_buffer_size:
+            self._input_history_buffer_size = -1  # as before: the next batch tells
 
     def evict(self) -> Tensor | None:
         """As TorchRec's; what it returns is remembered until `take_evicted_`."""
@@ -108,7 +116,7 @@ class ManagedCollisionTables(nn.Module):
       begun anew afterwards.
     - Every training lookup is a step to TorchRec: look all tables up at once, once a step, for the same answers.
       Lookups without gradients count too.
-    - Its history has room for 1.25 intervals of the first batch's size; later ids are dropped.
+    - Its history has room for 1.25 intervals of the size of the first batch with ids; later ids are dropped.
     - Scores are float32, in ``dynamic`` float64. The id 2⁶³ − 1 finds the first empty slot, if there is one.
     - Its TTL policy is another module (MPZCH), of wall-clock hours and probing, which is not offered here.
 

@@ -260,6 +260,11 @@ def _check_lengths(kjt: KeyedJaggedTensor) -> None:
         raise InputError(
             f"the KeyedJaggedTensor has {lengths.numel()} lengths for {keys} features: give as many of each"
         )
+    elif kjt.stride() * keys != lengths.numel():
+        raise InputError(
+            f"the KeyedJaggedTensor has {lengths.numel()} lengths, and stride={kjt.stride()} for {keys} features: "
+            "leave stride out"
+        )
     if torch.compiler.is_compiling():
         is_right = (lengths >= 0).all() & (lengths.sum() == number)
         torch._assert_async(is_right, "lengths of a KeyedJaggedTensor must not be negative, and add up to its values")

@@ -134,7 +134,7 @@ class Residents(nn.Module):
     def take_(self, old: Residents) -> NewResidents:
         """Take over residents, history and time of the same tables with other numbers of slots.
 
-        Where there are fewer slots those of the highest scores stay.
+        Where there are fewer slots those of the highest scores stay, and of equal ones those looked up more often.
 
         Returns:
             Who has a slot, and which.
@@ -142,7 +142,9 @@ class Residents(nn.Module):
         places, self.clock, self._waiting = old.map, old.clock.clone(), list(old._waiting)
         score = old.policy.resident_score(places.counts, places.last, old.clock)
         score = score.masked_fill(places.ids == EMPTY, -math.inf)
-        ranks = rank_within(places.owners(), score.argsort(stable=True, descending=True), len(self.names))
+        order = places.counts.argsort(stable=True, descending=True)
+        order = order[score[order].argsort(stable=True, descending=True)]
+        ranks = rank_within(places.owners(), order, len(self.names))
         stays = (ranks < self.map._sizes[places.owners()]) & (places.ids != EMPTY)
         table, ids = places.owners()[stays], places.ids[stays]
         numbers = rank_within(table, torch.arange(len(ids), device=ids.device), len(self.names))

@@ -77,7 +77,8 @@ class UnifiedTables(EmbeddingTables):
     Where we differ: small tables keep exact rows in the same parameter, behind the pool (``exempt``); the number of
     lookups has a rule; sub-tables are assigned by name, not by a counter over all tables, hence equally used only on
     average; and ``reader="sign"`` makes rows that two tables share zero-mean in dot products, for models without a
-    weight per table on the first layer (FM, DLRM). Tables of different ``init_std`` are scaled by a fixed factor.
+    weight per table on the first layer (FM, DLRM). Tables of different ``init_std`` are scaled by a fixed factor,
+    ``scales``, which takes four bytes a table.
     """
 
     knob = "pool rows"
@@ -91,6 +92,8 @@ class UnifiedTables(EmbeddingTables):
     _pool_starts: Tensor
     _pool_sizes: Tensor
     _factors: Tensor | None
+    scales: Tensor | None
+    _version = 2
 
     def __init__(
         self, specs: Sequence[TableSpec], config: UnifiedConfig, counts: Mapping[str, Tensor] | None = None
@@ -305,16 +308,44 @@ class UnifiedTables(EmbeddingTables):
         self.constant(name, torch.tensor(values, dtype=torch.int64, device="cpu"))
 
     def _register_factors(self) -> None:
+        self.init_std, scales = common_std(self.specs)
+        # With the state, as weights are: tables that take it over may have begun with other deviations.
+        self.register_buffer("scales", None if scales is None else torch.tensor(scales, device="cpu"))
+        self.register_buffer("_factors", self._all_factors(), persistent=False)
+
+    def _all_factors(self) -> Tensor | None:
         """Fixed factors of all vectors, ``(T, slots * c)``: signs, scales, and zeros behind a table's lookups."""
         slots = torch.arange(self.slots, device="cpu")
         used = slots < torch.tensor(self.num_lookups, device="cpu").unsqueeze(1)
         factors = used.float().repeat_interleave(self.chunk_dim, 1)
         if self.config.reader == "sign":
             factors = factors * self._signs().flatten(1)
-        self.init_std, scales = common_std(self.specs)
-        if scales is not None:
-            factors = factors * torch.tensor(scales, device="cpu").unsqueeze(1)
-        self.register_buffer("_factors", None if bool((factors == 1.0).all()) else factors, persistent=False)
+        if self.scales is not None:
+            factors = factors * self.scales.cpu().unsqueeze(1)
+        return None if bool((factors == 1.0).all()) else factors.to(self._seeds.device)
+
+    def take_specs_(self, specs: Sequence[TableSpec]) -> None:
+        super().take_specs_(specs)
+        device = self._seeds.device
+        self._register_factors()
+        self.scales = None if self.scales is None else self.scales.to(device)
+
+    def upgraded(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return state if self.scales is None else {"scales": self.scales} | state
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        key = f"{prefix}scales"
+        is_older = metadata.get("version", 1) < 2  # from before scales were in it
+        if key in state_dict and self.scales is None:
+            self.scales = torch.ones(self.num_tables, device=self._seeds.device)
+        elif key not in state_dict and not is_older:
+            self.scales = None
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        if key in missing:
+            missing.remove(key)
+        self._factors = self._all_factors()
 
     def _signs(self) -> Tensor:
         """Random signs, float32 ``(T, slots, c)``; plus where rows are exact and have nothing to tell apart."""

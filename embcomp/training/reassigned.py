@@ -18,7 +18,8 @@ def step_tables_(groups: Iterable[EmbeddingTables], *optimizers: torch.optim.Opt
     groups = list(groups)
     for tables in groups:
         tables.step_()
-    reset_rows_(groups, *optimizers)
+    if optimizers:  # else somebody asks for those rows later
+        reset_rows_(groups, *optimizers)
 
 
 def reset_rows_(groups: Iterable[EmbeddingTables], *optimizers: torch.optim.Optimizer) -> None:

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from embcomp._checkpoint import digest_of, sync
+from embcomp._checkpoint import digest_of, sync, write_tensors
 from embcomp.errors import IncompatibleStateError, WriteError
 
 FILE_NAME = "checkpoint.safetensors"
@@ -36,7 +35,7 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: Mapping[st
     copies, text = {name: to_cpu(tensor) for name, tensor in tensors.items()}, json.dumps(info)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(copies, temporary, {"version": str(VERSION), "info": text, "sha256": _digest(copies, text)})
+        write_tensors(temporary, copies, {"version": str(VERSION), "info": text, "sha256": _digest(copies, text)})
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)

@@ -139,9 +139,13 @@ def test_plan_says_what_each_process_holds(tmp_path, capsys):
     assert hashed["budgets"][0]["serve_bytes"] <= sum(ranks) <= 1.3 * hashed["budgets"][0]["serve_bytes"]
     assert dynamic["budgets"][0]["bytes_per_rank"] is None
     assert hashed["budgets"][1]["bytes_per_rank"] is None
-    code, text, error = run(capsys, "plan", path, "--processes", "-1")
-    assert (code, text) == (2, "")
-    assert "world_size=-1" in error
+
+
+@pytest.mark.parametrize("number", ["-1", "0", "two", "1.5"])
+def test_processes_are_a_whole_number(number, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", "t.yaml", "--processes", number])
+    assert f"--processes: {number!r} must be a whole number of at least 1" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -222,7 +226,13 @@ def test_strategies_lists_what_each_can(capsys):
     ("name", "content", "message"),
     [
         ("t.yaml", "tables: {user: [", "no YAML"),
-        ("t.json", "[1, 2]", "must be a mapping"),
+        ("t.json", "[[1, 2]]", "must be a mapping"),
+        ("t.json", "3", "must be a mapping"),
+        ("t.json", "[1, 2]", "does not say the dimension of table 't'"),
+        ("t.json", '{"apple": 1, "pear": 2, "plum": 3}', "if those are indices of one table's values, write {t: "),
+        ("t.txt", "", "no value of a vocabulary"),
+        ("t.txt", "apple\npear\napple\n", "'apple' is there twice"),
+        ("t.txt", "apple\npear\n", "does not say the dimension of table 't'"),
         ("t.json", "{", "can't be read"),
         ("t.json", '{"user": -3}', "user"),
         ("t.json", '{"user": "many"}', "user"),

@@ -30,8 +30,9 @@ def file(tmp_path, weights):
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    def call(source, *arguments, output="out"):
-        code = main(["compress", str(source), "-o", str(tmp_path / output), *map(str, arguments)])
+    def call(source, *arguments, output="out", overwrite=True):
+        replaces = ["--overwrite"] if overwrite else []
+        code = main(["compress", str(source), "-o", str(tmp_path / output), *map(str, arguments), *replaces])
         printed = capsys.readouterr()
         return code, printed.out, printed.err
 
@@ -128,8 +129,13 @@ def test_bug_of_options_that_were_repeated_the_last_was_taken(tmp_path, weights,
     assert (config.rows, config.seed) == ("int8", 3)
 
 
-def test_an_older_checkpoint_is_replaced_whole(tmp_path, file, run):
-    run(file, "--strategy", "full")
+def test_an_older_checkpoint_is_replaced_whole_if_that_is_asked_for(tmp_path, file, run):
+    run(file, "--strategy", "full", overwrite=False)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    code, text, error = run(file, "--strategy", "hash", "--budget", "10%", overwrite=False)
+    assert (code, text) == (2, "")
+    assert "has a checkpoint already: give another folder, or --overwrite" in error
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     run(file, "--strategy", "hash", "--budget", "10%")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 1
     assert loaded(tmp_path)["tables.user"].config.num_hashes == 1
@@ -162,34 +168,64 @@ def test_what_is_wrong_is_told_and_nothing_is_written(tmp_path, file, run, argum
     assert not (tmp_path / "out").exists()
 
 
+STATES = {
+    "model.pt": lambda rows: {"a.weight": rows, "b.bias": torch.zeros(4)},
+    "code.pt": lambda rows: {"a": print, "b": rows},
+    "deep.pt": lambda rows: {"net": {"a": rows}, "epoch": 3},
+    "list.pt": lambda rows: [rows],
+    "ints.pt": lambda rows: {"a": rows.long(), "b": torch.zeros(3, 0), "c": rows.to_sparse()},
+    "twice.pt": lambda rows: {"a": rows, "a.weight": rows},
+}
+ARRAYS = {
+    "nan.npy": np.full((20, 4), np.nan, np.float32),
+    "vector.npy": np.zeros(20, np.float32),
+    "objects.npy": np.array([[print]], dtype=object),
+    "cut.npy": np.zeros((20, 4), np.float32),
+}
+
+
 def broken(tmp_path, name):
     path = tmp_path / name
     rows = torch.randn(20, 4)
-    if name == "model.pt":
-        torch.save({"a.weight": rows, "b.bias": torch.zeros(4)}, path)
-    elif name == "code.pt":
-        torch.save({"a": print, "b": rows}, path)
-    elif name == "list.pt":
-        torch.save([rows], path)
-    elif name == "ints.pt":
-        torch.save({"a": rows.long(), "b": torch.zeros(3, 0), "c": rows.to_sparse()}, path)
-    elif name == "twice.pt":
-        torch.save({"a": rows, "a.weight": rows}, path)
-    elif name == "nan.npy":
-        np.save(path, np.full((20, 4), np.nan, np.float32))
-    elif name == "vector.npy":
-        np.save(path, np.zeros(20, np.float32))
-    elif name == "objects.npy":
-        np.save(path, np.array([[print]], dtype=object))
-    elif name == "cut.npy":
-        np.save(path, np.zeros((20, 4), np.float32))
-        os.truncate(path, 200)
+    if name in STATES:
+        torch.save(STATES[name](rows), path)
+    elif name in ARRAYS:
+        np.save(path, ARRAYS[name])
     elif name == "cut.safetensors":
         save_file({"a": rows}, path)
-        os.truncate(path, path.stat().st_size - 1)
     elif name != "nowhere.pt":
         path.write_bytes(b"nothing of the kind")
+    if name.startswith("cut."):
+        os.truncate(path, path.stat().st_size - 120)
     return path
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "module"])
+def test_the_state_dict_of_a_training_loops_checkpoint_is_found(tmp_path, weights, run, key):
+    torch.save({key: weights, "epoch": 3, "optimizer": {"state": {}}}, tmp_path / "loop.pt")
+    code, _, _ = run(tmp_path / "loop.pt", "--strategy", "full")
+    assert code == 0
+    assert set(loaded(tmp_path)) == {"tables.user", "tables.item"}
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64, np.float32])
+def test_bug_counts_of_any_real_dtype_are_taken(tmp_path, run, dtype):
+    """Unsigned ones ended in a traceback."""
+    np.save(tmp_path / "w.npy", np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32))
+    np.save(tmp_path / "c.npy", np.arange(300)[::-1].astype(dtype) % 200)
+    code, text, error = run(tmp_path / "w.npy", "--strategy", "hash", "--budget", "10%", "--counts", tmp_path / "c.npy")
+    assert code == 0, error
+    assert "ids weighted by their counts" in text
+
+
+def test_bug_counts_that_are_all_zero_weigh_nothing(tmp_path, run):
+    """All errors were told to be exact."""
+    np.save(tmp_path / "w.npy", np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32))
+    np.save(tmp_path / "c.npy", np.zeros(300, np.int64))
+    arguments = (tmp_path / "w.npy", "--strategy", "hash", "--budget", "10%", "--json")
+    plain, zeros = (json.loads(run(*arguments, *more)[1]) for more in ((), ("--counts", tmp_path / "c.npy")))
+    assert zeros["weighted_by_counts"] == []
+    assert zeros["relative_error"] == plain["relative_error"] > 0.5
 
 
 @pytest.mark.parametrize(
@@ -202,6 +238,7 @@ def broken(tmp_path, name):
         ("w.safetensors", "can't be read"),
         ("code.pt", "can't be read"),
         ("list.pt", "holds a list"),
+        ("deep.pt", "its keys are 'net', 'epoch': write torch.save(model.state_dict(), path)"),
         ("model.pt", "looks like the state of a whole model: say which"),
         (
             "ints.pt",

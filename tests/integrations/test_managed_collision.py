@@ -124,6 +124,18 @@ def test_rules_that_torchrec_does_not_have(options, message):
         make_collection(make_specs(), make_config(**options))
 
 
+def test_bug_a_table_without_ids_in_the_first_lookup_gets_residents_later():
+    """TorchRec gave its history no room, and no id of it a slot, ever."""
+    tables = ManagedCollisionTables(make_specs(), make_config())
+    optimizer = torch.optim.SGD(tables.parameters(), lr=0.01)
+    tables(torch.arange(3), "a.user").sum().backward()
+    tables.step_()
+    for _ in range(6):
+        train(tables, torch.tensor([[7, 8], [9, 8]]), optimizer)
+    assert tables.residents_of("item").tolist() == [8]
+    assert {7, 9} <= set(tables.residents_of("a.user").tolist())
+
+
 def test_tables_that_torchrec_does_not_know():
     with pytest.raises(SpecError, match="padding_idx"):
         make_collection(make_specs(padding_idx=0), make_config())

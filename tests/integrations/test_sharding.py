@@ -260,3 +260,20 @@ def test_rows_that_lie_elsewhere_are_not_finalized_or_written(tmp_path):
         sharding.distribute(model)
     with pytest.raises(ConfigError, match="did you mean 'adagrad'"):
         sharding.distribute(model, "adagrat")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "message"),
+    [
+        ("sgd", {"momentum": 0.9}, "no option 'momentum' that TorchRec's kernels obey; allowed: learning_rate$"),
+        ("sgd", {"weight_decay": 0.1}, "no option 'weight_decay'"),
+        ("rowwise_adagrad", {"weight_decay": 0.1}, "allowed: learning_rate, eps$"),
+        ("adagrad", {"initial_accumulator_value": 0.1}, "no option 'initial_accumulator_value'"),
+        ("adagrad", {"foo": 1}, "no option 'foo'"),
+        ("adam", {}, "no Adam for rows on the CPU; use 'sgd'"),
+    ],
+)
+def test_bug_options_of_optimizers_that_would_be_ignored_are_refused(optimizer, options, message):
+    """Momentum and decay did nothing at all, and others were errors of FBGEMM's."""
+    with pytest.raises(ConfigError, match=message):
+        sharding.distribute(model_of("hash", 6), optimizer, **options)

@@ -56,6 +56,8 @@ def test_lengths_that_are_no_lengths_and_features_that_come_twice_are_refused():
     new, ids = compressed(bags()), torch.ones(4, dtype=torch.int64)
     with pytest.raises(InputError, match="7 lengths for 3 features"):
         new(KeyedJaggedTensor(list("bca"), ids, lengths=torch.tensor([1, 1, 1, 1, 0, 0, 0])))
+    with pytest.raises(InputError, match="9 lengths, and stride=2 for 3 features"):
+        new(KeyedJaggedTensor(list("abc"), ids, lengths=torch.tensor([1, 1, 1, 1, 0, 0, 0, 0, 0]), stride=2))
     with pytest.raises(InputError, match="negative length"):
         new(KeyedJaggedTensor(list("abc"), ids, lengths=torch.tensor([2, -1, 3])))
     with pytest.raises(InputError, match="a feature twice: 'a', 'b', 'c', 'a'"):

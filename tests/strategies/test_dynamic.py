@@ -11,7 +11,7 @@ import embcomp
 from embcomp import ConfigError, DynamicConfig, InputError, TableSpec, build_tables, plan
 from embcomp.scoring import TableScorer, cross_entropy, sampled_cross_entropy
 from embcomp.strategies._dynamic_map import EMPTY, IdMap
-from embcomp.training import Phases, RowwiseAdagrad
+from embcomp.training import Phases, RowwiseAdagrad, reset_rows_
 from tests.strategies.dynamic_reference import Reference
 from tests.strategies.dynamic_tables import SLOTS, make_tables, slots_of, stream, train
 
@@ -221,6 +221,22 @@ def test_a_new_resident_begins_with_a_drawn_row_or_with_the_row_it_shared():
     train(kept, ids)
     assert kept.residents_of("user").tolist() == [-9, 3]
     assert torch.equal(kept(ids), shared)
+
+
+@pytest.mark.parametrize("way", ["handle", "groups"])
+def test_bug_a_step_without_optimizers_leaves_the_reset_to_whoever_makes_it(way):
+    """`handle.step_()` forgot the rows, so that `reset_rows_` after it cleared nothing."""
+    model = torch.nn.ModuleDict({"user": torch.nn.Embedding(100, 4)})
+    config = DynamicConfig(num_slots={"user": 1}, num_fallback={"user": 1}, unseen="hash", policy="lru", interval=2)
+    handle = embcomp.compress_(model, config, verbose=False)
+    optimizer, (tables,) = torch.optim.Adam(handle.parameters()), handle.tables
+    for value in (7, 7, 7, 8):
+        model["user"](torch.tensor([value])).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        handle.step_() if way == "handle" else tables.step_()
+        reset_rows_([tables], optimizer)
+    assert optimizer.state[tables.rows.weight]["exp_avg"][0].eq(0).all()
 
 
 def test_phases_and_the_handle_reset_what_a_loop_hands_over():

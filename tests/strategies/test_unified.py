@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+import embcomp
 from embcomp import BudgetError, ConfigError, InputError, TableSpec, UnifiedConfig, build_tables, plan
 from embcomp.hashing import MAX_RANGE, hash_seed
+from embcomp.io import write_pretrained
 from embcomp.strategies._unified_sizes import auto_lookups
 from embcomp.strategies.unified import UnifiedTables
 
@@ -237,6 +239,31 @@ def test_signs_make_collisions_between_tables_zero_mean_in_dot_products(reader, 
         powers = tables.rows.weight.detach().squeeze().square()
         spread = powers.square().sum().sqrt() / powers.sum()
         assert float(between.std()) == pytest.approx(float(spread), rel=0.15)
+
+
+def test_states_from_before_scales_were_in_them_still_load(tmp_path):
+    def made(*std):
+        specs = [TableSpec(f"t{i}", 50, 4, init_std=own) for i, own in enumerate(std)]
+        return make_tables(specs, 20)
+
+    tables, ids = made(0.1, 0.9), torch.stack([torch.arange(9), torch.arange(9)], 1)
+    assert tables.memory().serve_bytes == 20 * 16 + 2 * 4
+    state = {name: tensor for name, tensor in tables.state_dict().items() if name != "scales"}
+    again = made(0.1, 0.9)
+    again.load_state_dict(state)
+    assert torch.equal(again(ids), tables(ids))
+    write_pretrained(tables, tmp_path, state)
+    assert torch.equal(embcomp.from_pretrained(tmp_path)(ids), tables(ids))
+    other = made(0.9, 0.1)
+    embcomp.load_pretrained_(
+        torch.nn.ModuleDict({"tables": other}), _saved_as_model(tables, state, tmp_path), verbose=False
+    )
+    assert torch.equal(other(ids), tables(ids))
+
+
+def _saved_as_model(tables, state, folder):
+    model = torch.nn.ModuleDict({"tables": tables})
+    return write_pretrained(model, folder / "model", {f"tables.{name}": tensor for name, tensor in state.items()})
 
 
 def test_signs_take_no_bytes_and_diagonals_take_theirs():

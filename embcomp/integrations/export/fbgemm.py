@@ -11,11 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from embcomp._checkpoint import digest_of, sealed
+from embcomp._checkpoint import digest_of, sealed, write_tensors
 from embcomp.config import strategy_of
 from embcomp.errors import ExportError, did_you_mean
 from embcomp.integrations.export.fbgemm_file import (
@@ -82,7 +81,7 @@ def export_fbgemm(
         DIGEST: digest_of(state),
     }
     with whole_file(path, ".safetensors", overwrite) as unfinished:
-        safetensors.torch.save_file(state, unfinished, metadata={"format": "pt", FORMAT: json.dumps(sealed(content))})
+        write_tensors(unfinished, state, {"format": "pt", FORMAT: json.dumps(sealed(content))})
     path, names = Path(path), tuple(one.name for one in described)
     served = tables.memory().serve_bytes
     return Exported("fbgemm", path, path.stat().st_size, served, names, (), tables.config.unseen)

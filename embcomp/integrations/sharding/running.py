@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,22 @@ from embcomp.integrations.sharding.plans import (
 from embcomp.integrations.sharding.rows import ShardableRows, shardable_, stores_of
 from embcomp.io import write_pretrained
 
+logger = logging.getLogger(__name__)
+
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adagrad": torch.optim.Adagrad,
     "rowwise_adagrad": RowWiseAdagrad,
     "adam": torch.optim.Adam,
 }
-"""Name -> optimizer of the rows; TorchRec runs it fused with the backward pass."""
+"""Name -> optimizer of the rows; TorchRec runs it fused with the backward pass. Adam is for GPUs alone."""
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "sgd": (),
+    "adagrad": ("eps",),
+    "rowwise_adagrad": ("eps",),
+    "adam": ("eps",),
+}
+"""Options of the optimizers that TorchRec's kernels obey, everywhere; others would be ignored, or fail within them."""
 
 
 def distribute(
@@ -59,18 +69,18 @@ def distribute(
         sharding: see `plan_sharding`.
         device: of this process.
         group: of processes 0 to n - 1; None for the default one.
-        options: of the optimizer, such as ``eps``.
+        options: of the optimizer, those of `OPTIONS`.
 
     Returns:
-        the model to train, whose ``dense_parameters`` need an optimizer of their own.
+        the model to train, whose `dense_parameters` need an optimizer of their own. Rows of which every process has a
+        copy are among them: ``optimizer`` does not train those, which is told in a warning.
 
     Raises:
-        ConfigError: as `plan_sharding`, for an unknown optimizer, where there is no process group, for tables on
-            ``meta``, for copies of rows with row-sparse gradients, where ``device`` is another GPU than the current,
-            for a group of other processes, or where processes hold other rows.
+        ConfigError: as `plan_sharding`, for an unknown optimizer or option, Adam on the CPU, where there is no process
+            group, for tables on ``meta``, for copies of rows with row-sparse gradients, where ``device`` is another GPU
+            than the current, for a group of other processes, or where processes hold other rows.
     """
-    if optimizer not in OPTIMIZERS:
-        raise ConfigError(f"optimizer={optimizer!r}; {did_you_mean(optimizer, OPTIMIZERS)}")
+    _check_optimizer(optimizer, options, torch.device(device))
     if not dist.is_available() or not dist.is_initialized():
         raise ConfigError(
             "there is no process group: start the script by torchrun, and call torch.distributed.init_process_group "
@@ -93,6 +103,13 @@ def distribute(
     replicated = replicated_tables(wanted)
     _check_replicated(model, replicated)
     _check_alike(model, group)
+    if replicated and dist.get_rank(group) == 0:
+        logger.warning(
+            "tables %s have a copy in each process, which optimizer=%r does not train: give dense_parameters(model), "
+            "which they are among, an optimizer that suits rows too",
+            ", ".join(sorted(replicated)[:3]),
+            optimizer,
+        )
     shardable_(model, replicated)
     for _, store, _ in stores_of(model):
         store.processes, rows = group.size(), store.elsewhere
@@ -146,6 +163,21 @@ def save_sharded(model: DistributedModelParallel, folder: str | Path, group: dis
 
 
 # ---- inside ---------------------------------------------------------------------------------------------------------
+
+
+def _check_optimizer(optimizer: str, options: Mapping[str, Any], device: torch.device) -> None:
+    if optimizer not in OPTIMIZERS:
+        raise ConfigError(f"optimizer={optimizer!r}; {did_you_mean(optimizer, OPTIMIZERS)}")
+    if optimizer == "adam" and device.type == "cpu":
+        raise ConfigError(
+            "optimizer='adam': TorchRec has no Adam for rows on the CPU; use 'sgd', 'adagrad' or 'rowwise_adagrad'"
+        )
+    for option in options:
+        if option not in OPTIONS[optimizer]:
+            allowed = ", ".join(["learning_rate", *OPTIONS[optimizer]])
+            raise ConfigError(
+                f"optimizer={optimizer!r} has no option {option!r} that TorchRec's kernels obey; allowed: {allowed}"
+            )
 
 
 def _check_alike(model: nn.Module, group: dist.ProcessGroup) -> None:
