@@ -167,12 +167,14 @@ class TestModels:
     ):
         """`unified` kept scales of its own, which are no weights, so that vectors were others without a word."""
 
-        def made(*std):
-            specs = [embcomp.TableSpec(f"t{i}", 50, 8, init_std=own) for i, own in enumerate(std)]
-            budget = {"full": None, "mixed_dim": "100%"}.get(strategy, "60%")
-            return nn.ModuleDict({"tables": embcomp.build_tables(specs, strategy, budget)})
+        def specs(*std):
+            return [embcomp.TableSpec(f"t{i}", 50, 8, init_std=own) for i, own in enumerate(std)]
 
-        model, other = made(0.1, 0.9), made(*deviations)
+        budget = {"full": None, "mixed_dim": "100%"}.get(strategy, "60%")
+        config = embcomp.plan(specs(0.1, 0.9), strategy, budget).config
+        model, other = (
+            nn.ModuleDict({"tables": embcomp.build_tables(specs(*std), config)}) for std in ((0.1, 0.9), deviations)
+        )
         ids = torch.stack([torch.arange(9), torch.arange(9)], 1)
         if final:
             model["tables"].finalize_(), other["tables"].finalize_()

@@ -99,7 +99,9 @@ class TestFolder:
         before = os.umask(mask)
         try:
             embcomp.save_pretrained(tables(), tmp_path)
-            final = embcomp.build_tables([embcomp.TableSpec("a", 20, 8)], embcomp.QuantizeConfig(bits=8), None)
+            final = embcomp.build_tables(
+                [embcomp.TableSpec("a", 20, 8)], embcomp.QuantizeConfig(bits=8, granularity="row")
+            )
             if importlib.util.find_spec("fbgemm_gpu"):
                 export_fbgemm(final.finalize(), tmp_path / "a.safetensors")
         finally:

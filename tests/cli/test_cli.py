@@ -49,6 +49,15 @@ def test_lists_of_tables_are_read(tmp_path, name):
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [("city.json", '["de", "fr", "it"]'), ("city.txt", "de\nfr\n\nit\n"), ("city.yaml", "[de, fr, it]")],
+)
+def test_values_alone_are_the_vocabulary_of_one_table(tmp_path, name, content):
+    (spec,) = read_specs(write(tmp_path, name, content), dim=8)
+    assert (spec.name, spec.num_embeddings, spec.embedding_dim) == ("city", 3, 8)
+
+
+@pytest.mark.parametrize(
     ("vocabulary", "rows"),
     [
         ({"size": 0, "rows": 1, "movie": 2}, 3),  # tokens that are called like options
@@ -228,7 +237,6 @@ def test_strategies_lists_what_each_can(capsys):
         ("t.yaml", "tables: {user: [", "no YAML"),
         ("t.json", "[[1, 2]]", "must be a mapping"),
         ("t.json", "3", "must be a mapping"),
-        ("t.json", "[1, 2]", "does not say the dimension of table 't'"),
         ("t.json", '{"apple": 1, "pear": 2, "plum": 3}', "if those are indices of one table's values, write {t: "),
         ("t.txt", "", "no value of a vocabulary"),
         ("t.txt", "apple\npear\napple\n", "'apple' is there twice"),

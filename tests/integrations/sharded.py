@@ -154,12 +154,27 @@ def models_that_differ(rank, world_size):
         return str(error)
 
 
-def copies_of_dynamic_tables(rank, world_size):
-    """What is logged where each process counts its own lookups."""
+def logged():
+    """What embcomp logs from now on."""
     told = []
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())
     logging.getLogger("embcomp").addHandler(handler)
+    return told
+
+
+def copies_without_their_optimizer(rank, world_size):
+    """What is logged where rows are copied, and where they are cut."""
+    told = logged()
+    sharding.distribute(model_of("hash"), "rowwise_adagrad", RATE, "row_wise")
+    cut = list(told)
+    sharding.distribute(model_of("hash"), "rowwise_adagrad", RATE, "data_parallel")
+    return cut, told
+
+
+def copies_of_dynamic_tables(rank, world_size):
+    """What is logged where each process counts its own lookups."""
+    told = logged()
     config = embcomp.DynamicConfig(num_slots={"user": 4}, num_fallback={"user": 2}, unseen="hash", interval=2)
     tables = embcomp.build_tables([embcomp.TableSpec("user", 100, 4)], config)
     copies = nn.parallel.DistributedDataParallel(tables)

@@ -19,6 +19,7 @@ from tests.integrations.sharded import (
     answers,
     bags_alone,
     copies_of_dynamic_tables,
+    copies_without_their_optimizer,
     fail_to_save,
     load_and_answer,
     model_of,
@@ -68,6 +69,14 @@ def test_dynamic_tables_say_that_copies_of_them_drift_apart():
     for told in run_workers(copies_of_dynamic_tables, 2):
         assert len(told) == 1
         assert "tables user: several processes" in told[0]
+
+
+def test_bug_copies_of_rows_are_told_not_to_be_trained_by_the_optimizer_given():
+    """They were trained by that of the network, without a word."""
+    (cut, first), (_, second) = run_workers(copies_without_their_optimizer, 2)
+    assert cut == second == []
+    (told,) = first
+    assert "have a copy in each process, which optimizer='rowwise_adagrad' does not train" in told
 
 
 def test_tables_that_processes_could_not_train_are_refused(tmp_path):
