@@ -73,7 +73,7 @@ def saved_groups(checkpoint: Checkpoint) -> list[SavedGroup]:
         state = {
             name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)
         }
-        state = empty.upgraded(state)
+        state = empty.adapt_(state)
         compare_states(empty.state_dict(), state, checkpoint.weights_file, prefix, dtypes=True)
         try:
             empty.check_state(state)

@@ -176,8 +176,8 @@ class TableHooks(nn.Module):
         """Take over specs of the same tables that began with other deviations, before a state of theirs is loaded."""
         self.specs = tuple(specs)
 
-    def upgraded(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A state of these very tables with what states of an older embcomp had not."""
+    def adapt_(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Make room for what a saved state of these tables has, and return it with what an older embcomp left out."""
         return state
 
     def load_front_(self, state: Mapping[str, Any] | None) -> None:

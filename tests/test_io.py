@@ -160,7 +160,9 @@ class TestModels:
 
     @pytest.mark.parametrize("way", ["folder", "state", "state of a file"])
     @pytest.mark.parametrize("final", [False, True])
-    @pytest.mark.parametrize("deviations", [(0.1, 0.9), (0.9, 0.1), (0.5, 0.5)])
+    @pytest.mark.parametrize(
+        "deviations", [((0.1, 0.9), (0.9, 0.1)), ((0.1, 0.9), (0.5, 0.5)), ((0.5, 0.5), (0.1, 0.9))]
+    )
     @pytest.mark.parametrize("strategy", embcomp.list_strategies())
     def test_bug_tables_that_began_with_other_deviations_take_vectors_over(
         self, strategy, deviations, final, way, tmp_path
@@ -172,9 +174,7 @@ class TestModels:
 
         budget = {"full": None, "mixed_dim": "100%"}.get(strategy, "60%")
         config = embcomp.plan(specs(0.1, 0.9), strategy, budget).config
-        model, other = (
-            nn.ModuleDict({"tables": embcomp.build_tables(specs(*std), config)}) for std in ((0.1, 0.9), deviations)
-        )
+        model, other = (nn.ModuleDict({"tables": embcomp.build_tables(specs(*std), config)}) for std in deviations)
         ids = torch.stack([torch.arange(9), torch.arange(9)], 1)
         if final:
             model["tables"].finalize_(), other["tables"].finalize_()
@@ -188,6 +188,8 @@ class TestModels:
             torch.save(model.state_dict(), tmp_path / "state.pt")
             other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
         assert torch.equal(other["tables"](ids), model["tables"](ids))
+        embcomp.save_pretrained(other["tables"], tmp_path / "again")
+        assert torch.equal(embcomp.from_pretrained(tmp_path / "again")(ids), model["tables"](ids))
 
     def test_bug_dynamic_rows_begin_as_in_the_tables_that_were_saved(self, tmp_path):
         """New residents of a model loaded into a compressed one were drawn with that one's deviations."""

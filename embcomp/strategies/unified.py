@@ -310,7 +310,7 @@ class UnifiedTables(EmbeddingTables):
     def _register_factors(self) -> None:
         self.init_std, scales = common_std(self.specs)
         # With the state, as weights are: tables that take it over may have begun with other deviations.
-        self.register_buffer("scales", None if scales is None else torch.tensor(scales, device="cpu"))
+        self.register_buffer("scales", None if scales is None else torch.tensor(scales, device=self._seeds.device))
         self.register_buffer("_factors", self._all_factors(), persistent=False)
 
     def _all_factors(self) -> Tensor | None:
@@ -326,22 +326,27 @@ class UnifiedTables(EmbeddingTables):
 
     def take_specs_(self, specs: Sequence[TableSpec]) -> None:
         super().take_specs_(specs)
-        device = self._seeds.device
         self._register_factors()
-        self.scales = None if self.scales is None else self.scales.to(device)
 
-    def upgraded(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def adapt_(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        if "scales" in state:
+            self._make_scales_()
         return state if self.scales is None else {"scales": self.scales} | state
+
+    def _make_scales_(self) -> None:
+        """Make room for scales of other tables."""
+        if self.scales is None:
+            self.scales = torch.ones(self.num_tables, device=self._seeds.device)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
     ) -> None:
         key = f"{prefix}scales"
         is_older = metadata.get("version", 1) < 2  # from before scales were in it
-        if key in state_dict and self.scales is None:
-            self.scales = torch.ones(self.num_tables, device=self._seeds.device)
-        elif key not in state_dict and not is_older:
-            self.scales = None
+        if key in state_dict:
+            self._make_scales_()
+        elif self.scales is not None and not is_older:
+            self.scales = torch.ones_like(self.scales)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         if key in missing:
             missing.remove(key)

@@ -39,7 +39,7 @@ class Ranker(nn.Module, ABC):
 
 def check_targets(targets: Tensor, num_items: int) -> None:
     """Raise `InputError` unless targets, int64 of any shape, are items in ``[0, V)``, or `NO_TARGET`."""
-    if targets.dtype not in (torch.int64, torch.int32):
+    if targets.dtype != torch.int64:
         raise InputError(f"targets {targets.dtype} must be int64: call .long()")
     wrong = ((targets < 0) | (targets >= num_items)) & (targets != NO_TARGET)
     if wrong.any():
