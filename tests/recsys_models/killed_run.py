@@ -64,16 +64,16 @@ class Killer(Callback):
 
 def die_while_writing(number):
     """Kill the process when checkpoint ``number`` is half written."""
-    save, calls = checkpoint.save_file, []
+    save, calls = checkpoint.write_tensors, []
 
-    def save_or_die(tensors, path, metadata):
+    def save_or_die(path, tensors, metadata):
         calls.append(path)
-        save(tensors, path, metadata)
+        save(path, tensors, metadata)
         if len(calls) == number:
             os.truncate(path, os.path.getsize(path) // 2)
             die()
 
-    checkpoint.save_file = save_or_die
+    checkpoint.write_tensors = save_or_die
 
 
 def die_while_searching(name, number):
