@@ -126,8 +126,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--strategy", default="hash")
     parser.add_argument("--budget", help="such as 10%%; default: none")
     parser.add_argument("--dim", type=int, default=16)
-    parser.add_argument("--sharding", choices=sharding.SHARDINGS, help="default: what the planner chooses")
-    parser.epilog = "Copies of rows, --sharding data_parallel, are trained as the network is, by SGD."
+    parser.add_argument(
+        "--sharding",
+        choices=sharding.SHARDINGS,
+        help="data_parallel: copies, which are trained as the network is, by SGD; default: what the planner chooses",
+    )
     parser.add_argument("--optimizer", choices=sharding.OPTIMIZERS, default="rowwise_adagrad")
     parser.add_argument("--learning-rate", type=float, default=0.02)
     parser.add_argument("--batch-size", type=int, default=4096, help="rows of a step, of all processes together")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from recsys_models.session.items import CHUNK, Items
 def distill_(
     items: Items,
     vectors: Tensor,
-    counts: Tensor | np.ndarray,
+    counts: Tensor | np.ndarray | Sequence[int],
     steps: int = 1000,
     batch_size: int = 1024,
     learning_rate: float = 3e-3,
@@ -46,7 +47,7 @@ def distill_(
     check_sizes(steps=steps or None, batch_size=batch_size)  # to make none is allowed
     if not 0 < learning_rate < math.inf:
         raise ConfigError(f"learning_rate={learning_rate} must be above 0, and finite")
-    counts = torch.as_tensor(counts)
+    counts = counts if isinstance(counts, Tensor) else torch.tensor(counts)  # a copy: arrays may be read-only
     _check_targets(items, vectors, counts)
     vectors, generator = vectors.detach(), torch.Generator().manual_seed(seed)
     weights = counts.double().cpu()

@@ -18,10 +18,12 @@ from recsys_models.data import Attribute, Catalogue
 from recsys_models.session.bert4rec import BERT4Rec
 from recsys_models.session.contrastive import MASKINGS, Contrastive
 from recsys_models.session.encoders import Encoder, GRU4Rec, SASRec
+from recsys_models.session.floors import ItemKNN, Popularity
 from recsys_models.session.items import ITEM, OUTPUT, POOLINGS, Items, ItemTable, MetadataItems
 from recsys_models.session.model import SessionModel
 from recsys_models.session.objectives import Objective, ObjectiveConfig
 from recsys_models.session.prefix_encoders import NARM, SRGNN, M2TRec
+from recsys_models.session.ranker import Ranker
 
 ENCODERS: dict[str, type[Encoder]] = {
     "sasrec": SASRec,
@@ -32,8 +34,8 @@ ENCODERS: dict[str, type[Encoder]] = {
     "m2trec": M2TRec,
 }
 """Name -> encoder, as in configs and on the command line."""
-FLOORS = {"popularity": "Popularity", "item_knn": "ItemKNN"}
-"""Name -> class of what session models should beat, which has neither tables nor options of them."""
+FLOORS: dict[str, type[Ranker]] = {"popularity": Popularity, "item_knn": ItemKNN}
+"""Name -> what session models should beat, which has no tables and is not trained."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,8 @@ def get_encoder(name: str) -> type[Encoder]:
     """
     if name in FLOORS:
         raise ConfigError(
-            f"{name!r} has no tables to compress, and nothing to train: make recsys_models.session.{FLOORS[name]}, or "
-            "run python -m benchmarks.floors for its metrics"
+            f"{name!r} has no tables to compress, and nothing to train: make recsys_models.session."
+            f"{FLOORS[name].__name__}, or run python -m benchmarks.floors for its metrics"
         )
     if name not in ENCODERS:
         raise ConfigError(f"no session model {name!r}; {did_you_mean(name, ENCODERS)}")
