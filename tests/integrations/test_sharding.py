@@ -36,16 +36,22 @@ pytestmark = pytest.mark.torchrec
 
 
 KINDS = ["row_wise", "table_wise", "column_wise", "data_parallel", None]
-HASH = [("hash", optimizer, kind, 8) for optimizer in ("sgd", "rowwise_adagrad") for kind in KINDS]
-HASH.remove(("hash", "rowwise_adagrad", "column_wise", 8))  # each part of a row has its own accumulator
+NAMED = ["full", "hash", "compositional", "unified", "low_rank", "quantize"]
+EVERY = [
+    (case, optimizer, kind, 8)
+    for case in NAMED
+    for optimizer in ("sgd", "rowwise_adagrad")
+    for kind in KINDS
+    if (optimizer, kind) != ("rowwise_adagrad", "column_wise")  # each part of a row has its own accumulator
+]
 
 
 @pytest.mark.parametrize(
     ("world_size", "plans"),
     [
-        (2, [*HASH, *((case, "rowwise_adagrad", "row_wise", 6) for case in CASES)]),
-        (2, [(case, "sgd", kind, 8) for case in CASES for kind in KINDS if kind not in ("row_wise", None)]),
-        (4, [*HASH, *((case, "sgd", "row_wise", 6) for case in CASES)]),
+        (2, [*EVERY, *((case, "rowwise_adagrad", "row_wise", 6) for case in CASES)]),
+        (2, [(case, "sgd", kind, 8) for case in CASES if case not in NAMED for kind in KINDS[1:-1]]),
+        (4, [*EVERY, *((case, "sgd", "row_wise", 6) for case in CASES)]),
     ],
 )
 def test_losses_are_those_of_one_process(world_size, plans):
