@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embcomp import build_tables
+from embcomp import build_tables, load_pretrained_
 from embcomp.integrations import sharding
 from recsys_models.ctr import DLRM
 from recsys_models.data import Batch, ClickLog, load_dataset
@@ -50,20 +50,26 @@ def _run(given: argparse.Namespace) -> None:
         torch.set_num_threads(given.threads)
     log = load_dataset(given.data, given.root, given.cache)
 
-    model = build(log, given.dim, given.strategy, given.budget).to(device)
+    model = build(log, given.dim, given.strategy, given.budget)
+    if given.resume:
+        load_pretrained_(model, given.resume, verbose=False)
+    model = model.to(device)
     report = sharding.plan_sharding(model, world_size, given.sharding, device.type)
     model = sharding.distribute(model, given.optimizer, given.learning_rate, given.sharding, device)
     dense = torch.optim.SGD(sharding.dense_parameters(model), lr=given.learning_rate)
+    if given.resume:
+        sharding.load_optimizers_(model, given.resume, [dense])
 
     losses, seconds = [], []
-    for batch in batches(log, given.batch_size, given.steps, rank, world_size, device, given.order):
+    every = batches(log, given.batch_size, given.skip + given.steps, rank, world_size, device, given.order)
+    for batch in islice(every, given.skip, None):
         started = time.perf_counter()
         loss = train_step(model, dense, batch, given.batch_size)
         dist.all_reduce(loss)
         losses.append(loss.item())
         seconds.append(time.perf_counter() - started)
     if given.save:
-        sharding.save_sharded(model, given.save)
+        sharding.save_sharded(model, given.save, optimizers=[dense])
     if rank == 0:
         typical = sorted(seconds)[len(seconds) // 2]
         found = {
@@ -138,7 +144,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--order", type=int, metavar="SEED", help="shuffle the rows of each batch; default: not")
     parser.add_argument("--backend", choices=("gloo", "nccl"), default="gloo")
     parser.add_argument("--threads", type=int, default=1, help="of each process on a CPU")
-    parser.add_argument("--save", type=Path, help="folder to save the model in")
+    parser.add_argument("--save", type=Path, help="folder to save model and optimizers in")
+    parser.add_argument("--resume", type=Path, help="folder of an earlier --save, to go on with")
+    parser.add_argument(
+        "--skip", type=int, default=0, metavar="STEPS", help="batches to leave out first; default: none"
+    )
     parser.add_argument("--output", type=Path, help="JSON file of losses, bytes and speed")
     return parser
 

@@ -24,7 +24,7 @@ from embcomp.errors import (
     WriteError,
 )
 from embcomp.growth import resize_
-from embcomp.io import from_pretrained, load_pretrained_, load_tables, save_pretrained
+from embcomp.io import from_pretrained, load_optimizers_, load_pretrained_, load_tables, save_pretrained
 from embcomp.memory import MemoryReport, format_bytes
 from embcomp.planning import plan_groups
 from embcomp.specs import Knowledge, TableSpec
@@ -68,6 +68,7 @@ __all__ = [
     "from_pretrained",
     "get_strategy",
     "list_strategies",
+    "load_optimizers_",
     "load_pretrained_",
     "load_tables",
     "make_config",

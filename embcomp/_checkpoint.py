@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG = "embcomp_config.json"
 FORMAT = "embcomp"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""Of checkpoints with the state of optimizers; others are of version 2, which older readers know."""
 SEAL = "config_sha256"
 """The key of the digest of all else in the config; there from format version 2 on."""
 TEMPORARY = ".embcomp-"
@@ -54,12 +55,14 @@ class Checkpoint:
         weights_file: the safetensors file.
         content: the JSON object.
         tensors: every tensor of the state dict, on the CPU; those that share memory are one object.
+        optimizer_tensors: those of the state of optimizers, by the names that the JSON object has for them.
     """
 
     config_file: Path
     weights_file: Path
     content: dict[str, Any]
     tensors: dict[str, Tensor]
+    optimizer_tensors: dict[str, Tensor]
 
     def get(self, key: str, kind: type[_Kind]) -> _Kind:
         """A value of the JSON object, of the right type."""
@@ -86,7 +89,8 @@ def write_checkpoint(folder: Path, content: Mapping[str, Any], tensors: Mapping[
         weights = folder / f"model-{digest[:16]}.safetensors"
         os.replace(temporary, weights)
         sync(folder)
-        head = {"format": FORMAT, "format_version": FORMAT_VERSION, "embcomp_version": __version__}
+        version = FORMAT_VERSION if content.get("optimizers") else FORMAT_VERSION - 1
+        head = {"format": FORMAT, "format_version": version, "embcomp_version": __version__}
         named = {"weights": {"file": weights.name, "bytes": size, "sha256": digest}}
         text = json.dumps(sealed(head | named | dict(content)), indent=2, allow_nan=False)
         older = _named_weights(folder)
@@ -168,7 +172,20 @@ def _read(config_file: Path, file: Path, content: dict[str, Any]) -> Checkpoint:
         if not isinstance(same, str) or same not in tensors:
             raise IncompatibleStateError(f"{config_file}: {name!r} is said to equal {same!r}, which {file} lacks")
         tensors[name] = tensors[same]
-    return Checkpoint(config_file, file, content, tensors)
+    kept = _optimizer_tensors(config_file, content)
+    if missing := kept - tensors.keys():
+        raise IncompatibleStateError(f"{file} lacks {min(missing)!r}, state of an optimizer that {CONFIG} names")
+    own = {name: tensor for name, tensor in tensors.items() if name not in kept}
+    return Checkpoint(config_file, file, content, own, {name: tensors[name] for name in kept})
+
+
+def _optimizer_tensors(config_file: Path, content: dict[str, Any]) -> set[str]:
+    described = get({"optimizers": {}} | content, "optimizers", dict, config_file)
+    return {
+        get({"tensor": name}, "tensor", str, config_file)
+        for raw in described.values()
+        for name in get(raw, "tensors", dict, config_file).values()
+    }
 
 
 def get(content: Any, key: str, kind: type[_Kind], file: Path) -> _Kind:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from embcomp._checkpoint import read_checkpoint, write_checkpoint
+from embcomp._optimizer_state import ParameterState, fitted_states, packed, read_states, states_of
 from embcomp._restore import load_compressed, load_plain, saved_groups, stores_of
 from embcomp.budget import Plan
 from embcomp.config import config_to_dict
@@ -28,44 +29,53 @@ from embcomp.tables import EmbeddingTables
 from embcomp.views import TableView
 
 
-def save_pretrained(module: nn.Module | Compression, folder: str | Path) -> Path:
+def save_pretrained(
+    module: nn.Module | Compression, folder: str | Path, optimizers: Sequence[torch.optim.Optimizer] = ()
+) -> Path:
     """Save tables, or a model with all its weights, into a folder.
 
     The form is saved that the tables have: `finalize_` first to save what serves, or save the training form to go on
-    with, which keeps its front of sizes, and whether rows are rounded (`EmbeddingTables.set_rounding_`). Optimizer
-    state is not saved. An older checkpoint in the folder is replaced atomically. One process may save to a folder at a
-    time; others may load from it meanwhile.
+    with, which keeps its front of sizes, and whether rows are rounded (`EmbeddingTables.set_rounding_`). An older
+    checkpoint in the folder is replaced atomically. One process may save to a folder at a time; others may load from it
+    meanwhile.
 
     Args:
         module: `EmbeddingTables`, a model with compressed tables, or what `compress_` returned. Of what
             ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` wrap, the model is saved.
         folder: made if it is not there.
+        optimizers: whose state is saved along, for `load_optimizers_`, to go on with training: momenta, accumulators
+            and counts of steps, not learning rates and the like.
 
     Returns:
         the folder.
 
     Raises:
         NoMatchingTableError: if there are no compressed tables in the model.
+        ConfigError: if one of the optimizers is none of torch, or two train one parameter.
         IncompatibleStateError: if something in the state is no tensor with values, so that it can't be saved, or rows
-            lie in several processes.
+            lie in several processes, or an optimizer trains what is not the model's.
         WriteError: if the folder can't be written to; it has the older checkpoint then, or the new one, whole.
     """
     model = unwrapped(module.model if isinstance(module, Compression) else module)
     if any(tables.is_sharded for tables in find_groups(model).values()):
         raise IncompatibleStateError("rows of these tables lie in several processes: use save_sharded in all of them")
-    return write_pretrained(model, folder, model.state_dict())
+    return write_pretrained(model, folder, model.state_dict(), states_of(dict(model.named_parameters()), optimizers))
 
 
-def write_pretrained(model: nn.Module, folder: str | Path, state: Mapping[str, Any]) -> Path:
-    """Save a model whose state was gathered elsewhere; see `save_pretrained`."""
+def write_pretrained(
+    model: nn.Module, folder: str | Path, state: Mapping[str, Any], optimizer_states: Mapping[str, ParameterState]
+) -> Path:
+    """Save a model whose state, and that of its optimizers, was gathered elsewhere; see `save_pretrained`."""
     groups_of(model)
-    tensors, aliases = _distinct(state)
+    optimizers, kept = packed(optimizer_states)
+    tensors, aliases = _distinct({**state, **kept})
     groups = find_groups(model)
     views = [view for view in model.modules() if isinstance(view, TableView) and len(view.names) > 1]
     described = {
         "groups": [_describe(prefix, tables) for prefix, tables in groups.items()],
         "fused": {view.table: _fields(view) for view in views},
         "aliases": aliases,
+        **({"optimizers": optimizers} if optimizers else {}),
     }
     return write_checkpoint(Path(folder), described, tensors, _card(list(groups.values())))
 
@@ -127,6 +137,30 @@ def load_pretrained_(model: nn.Module, folder: str | Path, verbose: bool = True)
     if verbose:
         print(handle.report())
     return handle
+
+
+def load_optimizers_(
+    model: nn.Module | Compression, folder: str | Path, optimizers: Sequence[torch.optim.Optimizer]
+) -> None:
+    """Give optimizers the state that was saved with a model, to go on with training after `load_pretrained_`.
+
+    Learning rates and other options are those that the optimizers were made with.
+
+    Args:
+        model: the loaded one, whose parameters the optimizers train.
+        folder: where `save_pretrained` saved, with ``optimizers=``.
+        optimizers: as those that were saved: of the same kinds, for the same parameters.
+
+    Raises:
+        ConfigError: if one of the optimizers is none of torch, or two train one parameter.
+        IncompatibleStateError: as `load_tables`, if there is no state of optimizers, or it does not fit; no optimizer
+            is changed then.
+    """
+    model = unwrapped(model.model if isinstance(model, Compression) else model)
+    checkpoint = read_checkpoint(Path(folder))
+    states = fitted_states(dict(model.named_parameters()), optimizers, read_states(checkpoint), checkpoint)
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict(state)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -50,7 +50,7 @@ DAMAGES = {
     "config binary": (lambda f: (f / CONFIG).write_bytes(b"\x80\x81"), "is not JSON"),
     "config a list": (lambda f: (f / CONFIG).write_text("[]"), "is foreign"),
     "config foreign": (lambda f: (f / CONFIG).write_text('{"model_type": "bert"}'), "is foreign"),
-    "from the future": (lambda f: edit(f, format_version=3), "version 3, written by embcomp .*upgrade"),
+    "from the future": (lambda f: edit(f, format_version=4), "version 4, written by embcomp .*upgrade"),
     "no version": (lambda f: edit(f, format_version="1"), "'format_version' must be a int, found '1'"),
     "no groups": (lambda f: edit(f, groups=None), "'groups' must be a list, found None"),
     "empty groups": (lambda f: edit(f, groups=[]), "no group"),

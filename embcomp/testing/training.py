@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from embcomp.config import make_config
 from embcomp.errors import ConfigError, UnseenIdError
+from embcomp.io import from_pretrained, load_optimizers_, save_pretrained
 from embcomp.storage import RowStore
 from embcomp.tables import EmbeddingTables
 from embcomp.testing._cases import (
@@ -31,6 +33,7 @@ from embcomp.testing._cases import (
     require_same,
     train_step,
 )
+from embcomp.training import reset_rows_
 
 LOOKUP_BYTES = 2**17
 """The largest tensor that a lookup of 64 ids at D = 16 may make, in a table of 200 000 ids."""
@@ -95,6 +98,34 @@ def check_learning(strategy: Strategy) -> None:
         optimizer.step()
         losses.append(loss.item())
     require(losses[-1] < 0.9 * losses[0], f"30 steps of Adam: loss {losses[0]:.3f} to {losses[-1]:.3f}")
+
+
+def check_resume(strategy: Strategy) -> None:
+    """Training that is saved with its optimizers, and loaded by others, goes on to the same state, bit for bit."""
+    tables = build(strategy)
+    optimizer = torch.optim.Adam([p for p in tables.parameters() if p.requires_grad], lr=0.05)
+    _steps(tables, optimizer, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(tables, folder, [optimizer])
+        resumed = from_pretrained(folder).train()
+        other = torch.optim.Adam([p for p in resumed.parameters() if p.requires_grad], lr=0.05)
+        load_optimizers_(resumed, folder, [other])
+    _steps(tables, optimizer, 2)
+    _steps(resumed, other, 2)
+    wanted, got = clone_state(tables), clone_state(resumed)
+    require(wanted.keys() == got.keys(), f"other state: {sorted(wanted.keys() ^ got.keys())}")
+    for name, value in wanted.items():
+        require_same(got[name], value, f"{name}, resumed")
+
+
+def _steps(tables: EmbeddingTables, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    torch.manual_seed(seed)  # for strategies that draw what they show
+    for _ in range(3):
+        backward(tables)
+        optimizer.step()
+        optimizer.zero_grad()
+        tables.step_()
+        reset_rows_([tables], optimizer)
 
 
 def check_padding(strategy: Strategy) -> None:

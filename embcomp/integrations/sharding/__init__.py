@@ -17,7 +17,13 @@ from embcomp.integrations.versions import torchrec_error, warn_of_versions
 try:
     from embcomp.integrations.sharding.plans import REPLICATED, SHARDINGS, Shard, ShardingReport, plan_sharding
     from embcomp.integrations.sharding.rows import ShardableRows, shardable_, stored_tables
-    from embcomp.integrations.sharding.running import OPTIMIZERS, dense_parameters, distribute, save_sharded
+    from embcomp.integrations.sharding.running import (
+        OPTIMIZERS,
+        dense_parameters,
+        distribute,
+        load_optimizers_,
+        save_sharded,
+    )
 except (ImportError, OSError) as error:
     raise torchrec_error(error) from error
 warn_of_versions()
@@ -31,6 +37,7 @@ __all__ = [
     "ShardingReport",
     "dense_parameters",
     "distribute",
+    "load_optimizers_",
     "plan_sharding",
     "save_sharded",
     "shardable_",

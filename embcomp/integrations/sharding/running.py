@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardedTensor, ShardingEnv
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from embcomp._checkpoint import read_checkpoint
+from embcomp._optimizer_state import fitted_states, read_states, states_of
 from embcomp.errors import ConfigError, IncompatibleStateError, did_you_mean
 from embcomp.integrations.sharding.plans import (
     REPLICATED,
@@ -25,6 +27,7 @@ from embcomp.integrations.sharding.plans import (
     skeleton,
     wanted_shardings,
 )
+from embcomp.integrations.sharding.row_states import ROWS, fitted_row_states, gather_row_states
 from embcomp.integrations.sharding.rows import ShardableRows, shardable_, stores_of
 from embcomp.io import write_pretrained
 
@@ -92,8 +95,7 @@ def distribute(
             f"device={str(device)!r}, but the current one is cuda:{torch.cuda.current_device()}, where processes would "
             "meet: call torch.cuda.set_device first, before the process group is made"
         )
-    group = group or dist.group.WORLD
-    assert group is not None
+    group = _group(group)
     if (ranks := dist.get_process_group_ranks(group)) != list(range(len(ranks))):
         raise ConfigError(
             f"the group is of processes {ranks}: TorchRec places rows by rank, so take a group of processes 0 to "
@@ -136,25 +138,37 @@ def dense_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
             yield parameter
 
 
-def save_sharded(model: DistributedModelParallel, folder: str | Path, group: dist.ProcessGroup | None = None) -> None:
+def save_sharded(
+    model: DistributedModelParallel,
+    folder: str | Path,
+    group: dist.ProcessGroup | None = None,
+    optimizers: Sequence[torch.optim.Optimizer] = (),
+) -> None:
     """Save a distributed model as `save_pretrained` would save it undistributed; called in every process.
 
     The first process gathers the rows and writes; the others wait. Loading needs no process group, and any number of
-    processes can go on with it: ``load_pretrained_(fresh_model, folder)``, then `distribute`.
+    processes can go on with it: ``load_pretrained_(fresh_model, folder)``, then `distribute`, then, with optimizers,
+    `load_optimizers_`.
 
     Args:
         model: what `distribute` returned.
         folder: one that the first process can write to.
         group: that the model is distributed over; None for the default one.
+        optimizers: of `dense_parameters`, whose state is saved along, and with it that of the optimizer of rows.
 
     Raises:
-        IncompatibleStateError: in every process, if the first could not write.
+        ConfigError: if one of the optimizers is none of torch, two train one parameter, or rows are trained by Adam.
+        IncompatibleStateError: in every process, if the first could not write, or an optimizer trains what is not the
+            model's.
     """
+    states = states_of(dict(model.named_parameters()), optimizers)
+    if optimizers:
+        states |= gather_row_states(model, _group(group), _device(group))
     state = _gathered(model, group)
     problem: list[str | None] = [None]
     if dist.get_rank(group) == 0:
         try:
-            write_pretrained(model.module, folder, state)
+            write_pretrained(model.module, folder, state, states)
         except Exception as error:  # the others wait: all are to hear of it
             problem = [f"{type(error).__name__}: {error}"]
     dist.broadcast_object_list(problem, 0, group)
@@ -162,7 +176,53 @@ def save_sharded(model: DistributedModelParallel, folder: str | Path, group: dis
         raise IncompatibleStateError(f"{folder} was not saved: {problem[0]}")
 
 
+def load_optimizers_(
+    model: DistributedModelParallel,
+    folder: str | Path,
+    optimizers: Sequence[torch.optim.Optimizer],
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Give optimizers, and that of the rows, the state that `save_sharded` saved; called in every process.
+
+    The processes may be more or fewer than they were, and rows cut in other ways, except that rows of which every
+    process had a copy must be copies again. Row-wise Adagrad has an accumulator per part of a row that is cut by
+    column: where rows are cut otherwise now, all parts begin with the mean.
+
+    Args:
+        model: what `distribute` returned, of a model that `load_pretrained_` has loaded.
+        folder: where `save_sharded` saved, with ``optimizers=``.
+        optimizers: of `dense_parameters`, as those that were saved.
+        group: that the model is distributed over; None for the default one.
+
+    Raises:
+        ConfigError: if one of the optimizers is none of torch, or two train one parameter.
+        IncompatibleStateError: if the checkpoint has no state of optimizers, or it does not fit; nothing is changed
+            then.
+    """
+    checkpoint = read_checkpoint(Path(folder))
+    saved = read_states(checkpoint)
+    rows = {name: state for name, state in saved.items() if state.kind == ROWS}
+    rest = {name: state for name, state in saved.items() if state.kind != ROWS}
+    copies = fitted_row_states(model, rows, checkpoint, _group(group))
+    states = fitted_states(dict(model.named_parameters()), optimizers, rest, checkpoint)
+    for target, part in copies:
+        target.copy_(part)
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict(state)
+
+
 # ---- inside ---------------------------------------------------------------------------------------------------------
+
+
+def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    group = group or dist.group.WORLD
+    assert group is not None
+    return group
+
+
+def _device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where the backend sends from and gathers to."""
+    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
 
 
 def _check_optimizer(optimizer: str, options: Mapping[str, Any], device: torch.device) -> None:
@@ -217,8 +277,7 @@ def _check_replicated(model: nn.Module, replicated: Collection[str]) -> None:
 def _gathered(model: DistributedModelParallel, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
     """The model's state as if it were in one process; in the first process, and nothing in the others."""
     first = dist.get_rank(group) == 0
-    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")  # where the backend gathers to
-    state = {name: _whole(value, first, device) for name, value in model.state_dict().items()}
+    state = {name: _whole(value, first, _device(group)) for name, value in model.state_dict().items()}
     for path, rows in model.module.named_modules():
         if isinstance(rows, ShardableRows):
             prefix = f"{path}.collection.embeddings."

@@ -1,0 +1,173 @@
+"""State of optimizers of sharded models is saved, and other processes go on with it, however they cut the rows."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import embcomp
+from embcomp import ConfigError, IncompatibleStateError
+from tests.integrations.workers import run_workers
+
+pytest.importorskip("torchrec", reason="needs torchrec")
+
+from embcomp.integrations import sharding
+from embcomp.integrations.sharding.row_states import WIDTHS, gather_row_states
+from tests.integrations.sharded import BATCH, RATE, batches, model_of
+
+pytestmark = pytest.mark.torchrec
+
+# What is trained, the optimizer of its rows, and how rows are cut by those who save, and by four and by two who go on.
+PLANS = [
+    ("full", "adagrad", "row_wise", "column_wise", "table_wise"),
+    ("hash, two", "rowwise_adagrad", "row_wise", "table_wise", "row_wise"),
+    ("low_rank", "rowwise_adagrad", "table_wise", "row_wise", "table_wise"),
+    ("unified", "rowwise_adagrad", "data_parallel", "data_parallel", "data_parallel"),
+    ("full, int4", "adagrad", "column_wise", "row_wise", "column_wise"),
+    ("hash", "sgd", "row_wise", "table_wise", "row_wise"),
+    ("full", "rowwise_adagrad", "column_wise", "column_wise", "column_wise"),
+]
+
+
+def distributed(model, optimizer, kind):
+    model = sharding.distribute(model, optimizer, RATE, kind)
+    return model, torch.optim.Adam(sharding.dense_parameters(model), lr=0.05)
+
+
+def train(model, optimizer, rank, world_size, first, last):
+    losses, part = [], slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
+    for ids, labels in list(batches(last))[first:]:
+        loss = nn.functional.binary_cross_entropy_with_logits(model(ids[part]), labels[part])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def gathered(model):
+    states = gather_row_states(model, dist.group.WORLD, torch.device("cpu"))
+    return {path: {key: value.tolist() for key, value in state.tensors.items()} for path, state in states.items()}
+
+
+def begin(rank, world_size, plans, folder):
+    """Train, save, and train on; returns the later losses, and the state of rows that was saved."""
+    found = []
+    for number, (case, rows, kind, *_) in enumerate(plans):
+        model, optimizer = distributed(model_of(case), rows, kind)
+        train(model, optimizer, rank, world_size, 0, 6)
+        sharding.save_sharded(model, folder / str(number), optimizers=[optimizer])
+        state = gathered(model)
+        found.append((train(model, optimizer, rank, world_size, 6, 12), state))
+    return found
+
+
+def go_on(rank, world_size, plans, folder):
+    """The same of what was saved, with the state of optimizers, and without."""
+    found = []
+    for number, (case, rows, *kinds) in plans.items():
+        for with_state in (True, False):
+            model = model_of(case)
+            embcomp.load_pretrained_(model, folder / str(number), verbose=False)
+            model, optimizer = distributed(model, rows, kinds[1 if world_size == 4 else 2])
+            if with_state:
+                sharding.load_optimizers_(model, folder / str(number), [optimizer])
+            state = gathered(model)
+            found.append((train(model, optimizer, rank, world_size, 6, 12), state))
+    return found
+
+
+def losses_of(ranks):
+    """Losses of each plan, the means over processes."""
+    return [torch.tensor([own for own, _ in plan]).mean(0) for plan in zip(*ranks, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder, and what four processes found that saved to it."""
+    folder = tmp_path_factory.mktemp("saved")
+    return folder, run_workers(begin, 4, PLANS, folder, timeout=120)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_others_go_on_with_what_four_processes_had(world_size, saved):
+    folder, ranks = saved
+    loaded = run_workers(go_on, world_size, dict(enumerate(PLANS)), folder, timeout=120)
+    pairs = zip(losses_of(loaded), loaded[0], strict=True)
+    for plan, wanted, (_, state), (losses, (_, own)), (others, _) in zip(
+        PLANS, losses_of(ranks), ranks[0], pairs, pairs, strict=True
+    ):
+        assert own == state, plan
+        assert torch.allclose(losses, wanted, rtol=0, atol=1e-6), plan
+        assert not torch.allclose(others, wanted, rtol=0, atol=1e-3), plan
+
+
+def test_accumulators_of_parts_become_their_mean_where_rows_are_whole_again(saved):
+    folder, ranks = saved
+    *_, (_, parts) = ranks[0]
+    last, (case, rows, kind, *_) = len(PLANS) - 1, PLANS[-1]
+    (_, whole), _ = run_workers(go_on, 2, {last: (case, rows, kind, None, "row_wise")}, folder, timeout=120)[0]
+    assert len(parts) == 3
+    for path, state in parts.items():
+        accumulators = torch.tensor(state["momentum1"]).view(len(state[WIDTHS]), -1)
+        assert sum(state[WIDTHS]) == 8
+        assert not torch.equal(accumulators[0], accumulators[1])
+        assert whole[path].keys() == {"momentum1"}
+        assert torch.allclose(torch.tensor(whole[path]["momentum1"]), accumulators.mean(0))
+
+
+def refusals(rank, world_size, folder):
+    """What is said of optimizers that are not those of the checkpoint."""
+    model, optimizer = distributed(model_of("hash"), "rowwise_adagrad", "row_wise")
+    train(model, optimizer, rank, world_size, 0, 1)
+    sharding.save_sharded(model, folder / "with", optimizers=[optimizer])
+    sharding.save_sharded(model, folder / "without")
+    dense = list(sharding.dense_parameters(model))
+    plain, _ = distributed(model_of("hash"), "sgd", "row_wise")
+    full, _ = distributed(model_of("hash"), "adagrad", "row_wise")
+    copies, of_copies = distributed(model_of("hash"), "rowwise_adagrad", "data_parallel")
+    told = []
+    for wrong, folder_name, optimizers in (
+        (model, "without", [optimizer]),
+        (model, "with", [torch.optim.SGD(dense)]),
+        (model, "with", [torch.optim.Adam(dense[1:])]),
+        (model, "with", []),
+        (model, "with", [optimizer, optimizer]),
+        (model, "with", optimizer),
+        (model, "with", [of_copies]),
+        (plain, "with", [torch.optim.Adam(sharding.dense_parameters(plain))]),
+        (full, "with", [torch.optim.Adam(sharding.dense_parameters(full))]),
+        (copies, "with", [of_copies]),
+    ):
+        try:
+            sharding.load_optimizers_(wrong, folder / folder_name, optimizers)
+            told.append("")
+        except (ConfigError, IncompatibleStateError) as error:
+            told.append(str(error))
+    return told, train(model, optimizer, rank, world_size, 1, 2)
+
+
+def test_other_optimizers_are_refused_in_every_process(tmp_path):
+    ranks = run_workers(refusals, 2, tmp_path)
+    words = [
+        "has no state of optimizers",
+        "has the state of Adam for 'out.weight', which SGD trains now",
+        "these optimizers do not train",
+        "these optimizers do not train",
+        "two of the optimizers train 'out.weight'",
+        "give a list of them, [optimizer]",
+        "the model has not",
+        "for which this optimizer keeps none",
+        "keeps a momentum1 of shape",
+        "for which this optimizer keeps none",
+    ]
+    for told, _ in ranks:
+        assert all(word in text for word, text in zip(words, told, strict=True)), told
+
+
+def test_models_that_are_not_sharded_take_the_weights_and_say_whose_state_they_can_not_take(saved):
+    folder = saved[0] / "1"
+    model = model_of("hash, two")
+    embcomp.load_pretrained_(model, folder, verbose=False)
+    with pytest.raises(IncompatibleStateError, match="these optimizers do not train tables"):
+        embcomp.load_optimizers_(model, folder, [torch.optim.Adam(model.parameters())])
