@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,6 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.speed.contest import Contestant, Row, Seconds, Versus, rows_of
 from benchmarks.speed.setting import Setting
 from embcomp import build_tables, format_bytes, make_config
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler prints two lines at every use
 
 GROWTH = 10
 """How many times larger the larger tables are."""
