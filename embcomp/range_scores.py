@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -201,9 +202,9 @@ def check_chunk(chunk: int | None) -> int | None:
     Raises:
         InputError: if it is neither None nor an int of at least 1.
     """
-    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int | np.integer) or chunk < 1):
         raise InputError(f"chunk={chunk!r}: give the number of ids that are scored at once, at least 1, or None")
-    return chunk
+    return None if chunk is None else int(chunk)
 
 
 def check_queries(

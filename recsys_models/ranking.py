@@ -41,13 +41,23 @@ def ranking_metrics(
         ``"hr@k_random_ties"`` and so on: what is expected, exactly, if every rank between the two is as likely.
 
     Raises:
-        InputError: if there are no cases, a rank is negative, ``best`` is of other cases or above ``ranks``, or a
-            cutoff is no int of at least 1.
+        InputError: if there are no cases, a rank is no integer or negative, ``best`` is of other cases or above
+            ``ranks``, or a cutoff is no int of at least 1.
     """
+    if not isinstance(cutoffs, Sequence):
+        raise InputError(f"cutoffs={cutoffs!r} must be a sequence, such as (10, 20)")
+    ranks, best = _integers(ranks), None if best is None else _integers(best)
     if best is not None:
         at_random = {f"{name}{RANDOM_TIES}": value for name, value in _expected(best, ranks, cutoffs).items()}
         return _expected(ranks, ranks, cutoffs) | at_random
     return _expected(ranks, ranks, cutoffs)
+
+
+def _integers(ranks: np.ndarray) -> np.ndarray:
+    found = np.asarray(ranks)
+    if found.dtype.kind not in "iu":
+        raise InputError(f"ranks of {found.dtype} must be integers: how many items scored higher than the right one")
+    return found
 
 
 def _expected(best: np.ndarray, worst: np.ndarray, cutoffs: Sequence[int]) -> dict[str, float]:

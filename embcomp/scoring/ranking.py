@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,8 +49,9 @@ def top_k(
         InputError: if an argument has the wrong dtype, shape, device or value, or a score is NaN.
     """
     queries = check_matrix(scorer, queries)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= scorer.num_items:
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= scorer.num_items:
         raise InputError(f"top_k: k={k!r} must be an int in [1, {scorer.num_items}], the number of items")
+    k = int(k)
     excluded = _check_excluded(scorer, queries, exclude)
     with exact(queries.device):
         found = [

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,12 +63,16 @@ class NegativeSampler:
         known = None if counts is None else _checked_counts(counts)
         if known is None and kind == "counts":
             raise InputError("NegativeSampler(kind='counts') needs counts=")
+        if not math.isfinite(power):
+            raise InputError(f"NegativeSampler(power={power!r}) must be finite, such as 0.75")
         if num_items is None:
             num_items = 0 if known is None else len(known)
+        if isinstance(num_items, bool) or not isinstance(num_items, int | np.integer):
+            raise InputError(f"NegativeSampler(num_items={num_items!r}) must be an int, the number of items")
         if num_items < 1 or (known is not None and len(known) != num_items):
             found = "" if known is None else f", but {len(known)} counts"
             raise InputError(f"NegativeSampler(num_items={num_items}{found}): give the number of items, at least 1")
-        self.kind, self.num_items = kind, num_items
+        self.kind, self.num_items = kind, int(num_items)
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self._log_probabilities: Tensor | None = None
         if kind == "counts" and known is not None:
@@ -88,8 +93,9 @@ class NegativeSampler:
         Raises:
             InputError: if the number is not an int of at least 1.
         """
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
             raise InputError(f"draw({number!r}): give the number of items to draw, an int of at least 1")
+        number = int(number)
         if self.kind == "uniform":
             ids = torch.randint(self.num_items, (number,), generator=self.generator)
         else:
@@ -154,7 +160,7 @@ def sampled_cross_entropy(
     counts = targets != ignore_index
     own = targets.where(counts, 0)
     vectors = scorer.vectors(torch.cat([own, drawn.reshape(-1)]))
-    scores, others = (queries * vectors[: len(own)]).sum(1), vectors[len(own) :].view(*drawn.shape, -1)
+    scores, others = (queries * vectors[: len(own)]).sum(1), vectors[len(own) :].view(*drawn.shape, vectors.shape[-1])
     dtype = torch.promote_types(vectors.dtype, torch.float32)
     scores = (scores if scorer.bias is None else scores + scorer.bias[own]).to(dtype)
     shared = others, _offsets(scorer, drawn, log_counts, dtype), drawn if remove_hits else None
@@ -207,6 +213,8 @@ def _checked_negatives(
     drawn, log_counts = (negatives.ids, negatives.log_counts) if isinstance(negatives, Negatives) else (negatives, None)
     by_query = isinstance(drawn, Tensor) and drawn.dim() == 2
     drawn = check_items(scorer, "negatives", drawn, (len(queries), None) if by_query else (None,))
+    if not drawn.shape[-1]:
+        raise InputError(f"negatives of shape {tuple(drawn.shape)}: draw at least one")
     if log_counts is None:
         return drawn, None
     if not log_counts.is_floating_point() or log_counts.shape != drawn.shape or log_counts.device != drawn.device:
@@ -214,11 +222,13 @@ def _checked_negatives(
             f"log_counts of {log_counts.dtype} {tuple(log_counts.shape)} on {log_counts.device}: negatives "
             f"{tuple(drawn.shape)} on {drawn.device} need a float for each"
         )
+    if bool(log_counts.isnan().any()):
+        raise InputError("log_counts of negatives have NaN: give the logarithm of how often each is drawn on average")
     return drawn, log_counts
 
 
 def _checked_counts(counts: Any) -> Tensor:
-    found = torch.as_tensor(counts).double().cpu()
+    found = torch.as_tensor(counts, dtype=torch.float64).cpu()
     if found.dim() != 1 or not bool((found.isfinite() & (found >= 0)).all()):
         raise InputError(f"counts of shape {tuple(found.shape)} must be (V,), finite and at least 0")
     return found

@@ -72,7 +72,9 @@ def _in_chunks(
     most = max(block, scorer.gradient_rows, _PIECE)
     if reduction != "none" and len(stretches) == 1 and scorer.num_items <= _PIECE:
         total = _sum_by_queries(scorer, stretches[0], targets[kept], block * len(kept))
-        return total / len(kept) if reduction == "mean" else total
+        if reduction == "mean":
+            return total / len(kept) if len(kept) else total + torch.nan  # not 0 / 0, whose gradients are NaN too
+        return total
     loss = _losses(scorer, stretches, targets[kept], block, most)
     if reduction == "mean":
         return loss.mean()

@@ -5,6 +5,7 @@ Shapes: ``B`` sessions, ``L`` positions, ``V`` items.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -30,6 +31,9 @@ class Popularity(Ranker):
 
     Args:
         counts: int64 ``(V,)``.
+
+    Raises:
+        InputError: if they are something else, or one is below 0.
     """
 
     max_length = 1
@@ -37,6 +41,8 @@ class Popularity(Ranker):
 
     def __init__(self, counts: np.ndarray) -> None:
         super().__init__()
+        if counts.ndim != 1 or not len(counts) or not np.isfinite(counts).all() or counts.min() < 0:
+            raise InputError(f"counts of {counts.dtype} {counts.shape} must be (V,), finite and at least 0")
         self.num_items = len(counts)
         self.register_buffer("counts", torch.tensor(counts, dtype=torch.float32))
 
@@ -77,9 +83,10 @@ class ItemKNN(Ranker):
 
     def __init__(self, train: Sequences, num_items: int, neighbours: int = 100, regularization: float = 20.0) -> None:
         super().__init__()
-        if neighbours < 1 or not regularization >= 0:
+        if not isinstance(neighbours, int | np.integer) or neighbours < 1 or not 0 <= regularization < math.inf:
             raise ConfigError(
-                f"ItemKNN(neighbours={neighbours}, regularization={regularization}): at least 1, and at least 0"
+                f"ItemKNN(neighbours={neighbours}, regularization={regularization}): an int of at least 1, and a "
+                "finite number of at least 0"
             )
         _check_items(train.items, num_items, "sessions to learn from")
         self.num_items = num_items

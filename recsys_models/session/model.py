@@ -82,7 +82,7 @@ class SessionModel(Ranker):
 
         Args:
             items: int64 ``(B, L)``, the first ones of each row being the session, oldest first.
-            lengths: int64 ``(B,)``. An empty session is taken for one of an item that nothing is known of. Of sessions
+            lengths: int64 ``(B,)``. An empty session is taken for one of an item whose vector is zero. Of sessions
                 longer than the encoder's ``max_length``, the last items count.
 
         Returns:

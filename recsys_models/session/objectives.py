@@ -146,8 +146,10 @@ class Objective(nn.Module):
         """
         drawn = torch.randint(self.num_seen, targets.shape, device=targets.device)
         read = examples.items.where(inside(examples.lengths, examples.items.shape[1]), NO_TARGET)
-        own = torch.cat([read, examples.targets.reshape(len(read), -1)], dim=1)[session]
-        counts = (own != drawn[:, None]).all(1)
+        own = torch.cat([read, examples.targets.reshape(len(read), -1)], dim=1)
+        sessions, places = ((own >= 0) & (own < self.num_seen)).nonzero(as_tuple=True)
+        known = sessions * self.num_seen + own[sessions, places]
+        counts = ~torch.isin(session * self.num_seen + drawn, known)
         right = (queries * scorer.vectors(targets)).sum(-1)
         wrong = (queries * scorer.vectors(drawn)).sum(-1)
         return F.softplus(-right).mean() + (F.softplus(wrong) * counts).sum() / counts.sum().clamp_min(1)

@@ -79,6 +79,8 @@ def fit(
     config = config or TrainingConfig()
     if resume and checkpoint_dir is None:
         raise ConfigError("fit(resume=True) needs checkpoint_dir")
+    if not isinstance(data, ClickLog | SessionLog):
+        raise ConfigError(f"fit: data is a {type(data).__name__}, not a ClickLog or SessionLog, which have the splits")
     task: Task = SessionTask(data) if isinstance(data, SessionLog) else ClickTask(data)
     task.check(model, task.monitored(config)[0])
     task.ready_(model)

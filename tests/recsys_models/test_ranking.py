@@ -58,6 +58,14 @@ def test_wrong_ranks(ranks):
         ranking_metrics(ranks)
 
 
+def test_ranks_and_cutoffs_of_other_kinds():
+    assert ranking_metrics([0, 1, 2], [np.int64(2)])["hr@2"] == pytest.approx(2 / 3)
+    with pytest.raises(InputError, match="ranks of float64 must be integers"):
+        ranking_metrics(np.array([0.0, 1.5]))
+    with pytest.raises(InputError, match="cutoffs=10 must be a sequence"):
+        ranking_metrics(np.array([0, 1]), 10)
+
+
 @pytest.mark.parametrize("best", [np.array([4, 4]), np.array([-1, 0]), np.array([3])])
 def test_wrong_best_ranks(best):
     with pytest.raises(InputError, match="nowhere above"):
@@ -174,7 +182,7 @@ def test_bug_slices_by_another_catalogue_are_refused():
     [(0, "unseen"), (1, "seen < 5"), (4, "seen < 5"), (5, "seen < 10"), (9, "seen < 10"), (10, "seen ≥ 10")],
 )
 def test_items_are_sliced_at_5_and_10_events(count, name):
-    catalogue = Catalogue(3, np.array([99, count, 3]), np.arange(3), ())
+    catalogue = Catalogue(2, np.array([99, count]), np.arange(2), ())
     slices = slices_of(catalogue, Cases(sequences([0, 1]), np.array([0], np.int32), np.array([1], np.int32)))
     assert [key for key, chosen in slices.items() if "seen" in key and chosen.all()] == [name]
 

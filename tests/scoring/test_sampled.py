@@ -177,6 +177,9 @@ class TestSampler:
             ({"kind": "counts", "num_items": 3, "counts": [1, 2]}, r"num_items=3, but 2 counts"),
             ({"kind": "counts", "counts": [1, -2]}, "at least 0"),
             ({"kind": "counts", "counts": [[1, 2]]}, r"must be \(V,\)"),
+            ({"kind": "counts", "counts": [1, 2], "power": math.nan}, "power=nan"),
+            ({"kind": "uniform", "num_items": 2.5}, r"num_items=2.5\) must be an int"),
+            ({"kind": "uniform", "num_items": "3"}, r"num_items='3'\) must be an int"),
         ],
     )
     def test_wrong_arguments(self, arguments, message):
@@ -187,6 +190,19 @@ class TestSampler:
     def test_wrong_numbers(self, number):
         with pytest.raises(InputError, match=rf"draw\({number!r}\)"):
             sampler_of("uniform").draw(number)
+
+
+@pytest.mark.parametrize("shape", [(5,), (0, 5)])
+def test_no_queries(shape):
+    drawn = torch.zeros(shape, dtype=torch.long)
+    queries, targets = torch.randn(0, 4), torch.zeros(0, dtype=torch.long)
+    loss = sampled_cross_entropy(MatrixScorer(torch.randn(20, 4)), queries, targets, drawn, reduction="sum")
+    assert loss == 0
+
+
+def test_counts_beyond_float32_are_counts():
+    found = NegativeSampler("counts", counts=[1e200, 2.0, 3.0]).log_probabilities(torch.arange(3))
+    assert found.tolist() == pytest.approx([0.0, math.log(2) - 200 * math.log(10), math.log(3) - 200 * math.log(10)])
 
 
 def test_nothing_but_the_target():
@@ -234,6 +250,9 @@ def test_autocast():
         (Negatives(torch.tensor([1, 2]), torch.zeros(3)), r"log_counts of torch.float32 \(3,\)"),
         (Negatives(torch.tensor([1, 2]), torch.tensor([1, 2])), "log_counts of torch.int64"),
         ([1, 2], "not list"),
+        (torch.zeros(0, dtype=torch.long), "draw at least one"),
+        (torch.zeros(2, 0, dtype=torch.long), "draw at least one"),
+        (Negatives(torch.tensor([1, 2]), torch.tensor([0.0, torch.nan])), "log_counts of negatives have NaN"),
     ],
 )
 def test_wrong_negatives(negatives, message):

@@ -135,6 +135,17 @@ def test_all_targets_ignored(chunk):
     assert cross_entropy(scorer, queries, targets, chunk, reduction="none").tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("number", [50, 70_000])
+@pytest.mark.parametrize("chunk", [3000, 20, None])
+def test_bug_gradients_were_nan_where_all_targets_are_ignored(chunk, number):
+    """Torch's are zeros, though its loss is NaN too."""
+    vectors = torch.randn(number, 4, requires_grad=True)
+    queries = torch.randn(3, 4, requires_grad=True)
+    cross_entropy(MatrixScorer(vectors), queries, torch.full((3,), -100), chunk).backward()
+    assert not vectors.grad.any()
+    assert not queries.grad.any()
+
+
 @pytest.mark.parametrize("chunk", [4, 11])
 def test_gradients_by_finite_differences(chunk):
     generator = torch.Generator().manual_seed(0)

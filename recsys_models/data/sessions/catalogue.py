@@ -43,6 +43,8 @@ class Attribute:
         lengths = self.lengths
         if self.offsets.ndim != 1 or not len(self.offsets) or self.offsets[0] != 0 or (lengths < 0).any():
             raise DataError(f"attribute {self.name!r}: offsets must be (I + 1,), begin with 0 and never fall")
+        if self.values.dtype.kind not in "iu":
+            raise DataError(f"attribute {self.name!r}: values of {self.values.dtype} must be integers, ids of values")
         if self.values.shape != (self.offsets[-1],):
             raise DataError(
                 f"attribute {self.name!r}: values {self.values.shape}, but offsets end with {self.offsets[-1]}"
@@ -54,6 +56,19 @@ class Attribute:
             )
         if self.counts.shape != (self.num_values,):
             raise DataError(f"attribute {self.name!r}: counts {self.counts.shape} must be ({self.num_values},)")
+        if self.names is not None and self.names.shape != (self.num_values - 1,):
+            raise DataError(
+                f"attribute {self.name!r}: names {self.names.shape} must be ({self.num_values - 1},), without the last"
+            )
+        falls = np.diff(self.values) <= 0
+        borders = self.offsets[1:-1]
+        falls[borders[(borders > 0) & (borders < len(self.values))] - 1] = False
+        if falls.any():
+            item = int(np.searchsorted(self.offsets, np.flatnonzero(falls)[0], side="right")) - 1
+            raise DataError(
+                f"attribute {self.name!r}: values of item {item} must be distinct and ascending, found "
+                f"{self.values[slice(*self.offsets[item : item + 2])].tolist()}: sort them, each once"
+            )
         if not self.is_bag and (lengths != 1).any():
             item = int(np.flatnonzero(lengths != 1)[0])
             raise DataError(
@@ -95,7 +110,7 @@ class Catalogue:
         attributes: what is known about the items.
 
     Raises:
-        DataError: if these are not of as many items, or a count is below 0.
+        DataError: if these are not of as many items, a count is below 0, or one of 0 is before others.
     """
 
     num_items: int
@@ -109,6 +124,11 @@ class Catalogue:
                 raise DataError(f"catalogue of {self.num_items} items: {name} {found} must be ({self.num_items},)")
         if (self.counts < 0).any():
             raise DataError(f"catalogue: item {int(self.counts.argmin())} has count {self.counts.min()}, below 0")
+        if (unseen := np.flatnonzero(self.counts[: self.num_seen] == 0)).size:
+            raise DataError(
+                f"catalogue: item {int(unseen[0])} has count 0, and items behind it have not: order items by how often "
+                "they occur in training"
+            )
         for attribute in self.attributes:
             if len(attribute.lengths) != self.num_items:
                 raise DataError(

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from embcomp.errors import InputError
+from embcomp.errors import ConfigError, InputError
 from embcomp.scoring import rank_bounds, ranks
 from embcomp.testing.training import LargestTensor
 from recsys_models.ranking import rank_cases
@@ -44,6 +44,18 @@ def test_floors_are_ranked_like_models():
     knn = ItemKNN(log.train, NUM_ITEMS)
     assert (rank_cases(knn, log.test) < 3).mean() > 2 * (found < 3).mean()
     assert F.one_hot(torch.tensor([2]), 3).float().equal(popular.scorer().vectors(torch.tensor([2]))[:, :3])
+
+
+@pytest.mark.parametrize("changes", [{"neighbours": 2.5}, {"neighbours": 0}, {"regularization": math.inf}])
+def test_wrong_options_of_item_knn(changes):
+    with pytest.raises(ConfigError, match="an int of at least 1, and a finite number of at least 0"):
+        ItemKNN(sequences([1, 2]), NUM_ITEMS, **changes)
+
+
+@pytest.mark.parametrize("counts", [np.array([1, -2]), np.array([np.nan]), np.array([]), np.array([[1]])])
+def test_counts_of_popularity_that_are_none(counts):
+    with pytest.raises(InputError, match="must be"):
+        Popularity(counts)
 
 
 @pytest.mark.parametrize("item", [31, NUM_ITEMS, -1])

@@ -47,12 +47,15 @@ def tiny_log(sessions=300, num_items=NUM_ITEMS, seed=0, filters_seen=False, with
         return items
 
     def cases(number):
-        own = sequences(*(walk() for _ in range(number)))
+        own = sequences(*(numbers[walk()] for _ in range(number)))
         rows = np.repeat(np.arange(len(own), dtype=np.int32), own.lengths - 1)
         ends = np.concatenate([np.arange(1, length, dtype=np.int32) for length in own.lengths])
         return Cases(own, rows, ends)
 
-    train = sequences(*(walk() for _ in range(sessions)))
+    walks = [walk() for _ in range(sessions)]
+    counts, numbers = np.bincount(np.concatenate(walks), minlength=num_items), np.empty(num_items, np.int64)
+    numbers[np.argsort(counts == 0, kind="stable")] = np.arange(num_items)  # items that training lacks come last
+    train = sequences(*(numbers[one] for one in walks))
     counts = np.bincount(train.items, minlength=num_items)
     catalogue = Catalogue(num_items, counts, np.arange(num_items), attributes(num_items) if with_attributes else ())
     return SessionLog("tiny", catalogue, train, cases(40), cases(40), f"tiny-{seed}", filters_seen)

@@ -1,6 +1,7 @@
 """Reviews of products on Amazon, with what is known about the products."""
 
 import ast
+import html
 import json
 import math
 import re
@@ -24,7 +25,7 @@ _EXPECTED_REVIEWS = (
     "data of 2014 or 2018, unpacked)"
 )
 _EXPECTED_META = "products of Amazon, an object per line with asin, in JSON or as a literal of Python"
-_PRICE = re.compile(r"\s*\$?\s*(\d+(?:\.\d+)?)")
+_PRICE = re.compile(r"\s*\$?\s*(\d*\.?\d+)")
 _LARGEST = 1 << 53
 _PATH = " > "
 
@@ -122,7 +123,7 @@ def parse_product(line: str) -> Product:
     paths = found.get("categories", found.get("category"))
     path = paths[0] if isinstance(paths, list) and paths and isinstance(paths[0], list) else paths
     categories = tuple(str(part) for part in path) if isinstance(path, list) else ()
-    brand, title = (found[key] if isinstance(found.get(key), str) else "" for key in ("brand", "title"))
+    brand, title = (html.unescape(found[key]) if isinstance(found.get(key), str) else "" for key in ("brand", "title"))
     price = _PRICE.match(str(found.get("price", "")).replace(",", ""))
     dollars = float(price.group(1)) if price else 0.0
     return Product(asin, categories, brand.strip(), dollars if dollars < math.inf else 0.0, title)

@@ -89,6 +89,7 @@ def test_products_become_attributes_in_both_spellings(root, cache, write):
         ('{"asin": "B1", "price": ".a-box{color:#111}", "categories": []}', Product("B1", (), "", 0.0, "")),
         ('{"asin": "B1", "price": null, "brand": null, "category": [[]]}', Product("B1", (), "", 0.0, "")),
         ('{"asin": "B1", "price": "$ 3.75"}', Product("B1", (), "", 3.75, "")),
+        ('{"asin": "B1", "price": "$.99", "title": "A &amp; B"}', Product("B1", (), "", 0.99, "A & B")),
     ],
 )
 def test_lines_of_products(line, product):

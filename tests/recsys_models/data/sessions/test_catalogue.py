@@ -97,7 +97,7 @@ def make_attribute(bags) -> Attribute:
     return Attribute("a", 9, values, offsets, np.zeros(9, np.int64), None, is_bag=True)
 
 
-BAGS = st.lists(st.integers(0, 2), max_size=3).map(sorted)
+BAGS = st.sets(st.integers(0, 2), max_size=3).map(sorted)
 
 
 @settings(deadline=None, max_examples=200)
@@ -109,6 +109,29 @@ def test_twins_are_items_with_equal_values_in_all_attributes(rows, used):
     group = catalogue.twin_groups(attributes[:used])
     assert [[a == b for a in group] for b in group] == [[a == b for a in tuples] for b in tuples]
     assert np.array_equal(catalogue.twin_groups(), catalogue.twin_groups(attributes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"values": np.array([1, 0, 1, 2], np.int32)}, r"item 0 must be distinct and ascending, found \[1, 0\]"),
+        ({"values": np.array([0, 1, 2, 2], np.int32)}, r"item 2 must be distinct and ascending, found \[2, 2\]"),
+        ({"values": np.array([0.0, 1.9, 1.0, 2.0])}, "values of float64 must be integers"),
+        ({"names": np.array(["p", "q", "r"])}, r"names \(3,\) must be \(2,\)"),
+    ],
+)
+def test_bug_attributes_that_contradict_themselves_were_taken(changes, message):
+    right = {"values": np.array([0, 1, 1, 2], np.int32), "names": np.array(["p", "q"])}
+    offsets, counts = np.array([0, 2, 2, 4]), np.zeros(3, np.int64)
+    Attribute("kind", 3, right["values"], offsets, counts, right["names"], is_bag=True)
+    with pytest.raises(DataError, match=message):
+        Attribute("kind", 3, offsets=offsets, counts=counts, is_bag=True, **{**right, **changes})
+
+
+def test_bug_items_that_training_lacks_were_trained_where_they_were_not_the_last():
+    assert Catalogue(4, np.array([5, 3, 0, 0]), np.arange(4)).num_seen == 2
+    with pytest.raises(DataError, match="item 0 has count 0, and items behind it have not"):
+        Catalogue(4, np.array([0, 5, 0, 3]), np.arange(4))
 
 
 def test_attributes_are_found_by_name():
