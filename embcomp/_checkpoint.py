@@ -55,18 +55,23 @@ class Checkpoint:
         weights_file: the safetensors file.
         content: the JSON object.
         tensors: every tensor of the state dict, on the CPU; those that share memory are one object.
-        optimizer_tensors: those of the state of optimizers, by the names that the JSON object has for them.
+        training_tensors: those of optimizers and phases, by the names that the JSON object has for them.
     """
 
     config_file: Path
     weights_file: Path
     content: dict[str, Any]
     tensors: dict[str, Tensor]
-    optimizer_tensors: dict[str, Tensor]
+    training_tensors: dict[str, Tensor]
 
     def get(self, key: str, kind: type[_Kind]) -> _Kind:
         """A value of the JSON object, of the right type."""
         return get(self.content, key, kind, self.config_file)
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the config, which has that of the weights."""
+        return sealed(self.content)[SEAL]
 
 
 def write_checkpoint(folder: Path, content: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> Path:
@@ -89,7 +94,7 @@ def write_checkpoint(folder: Path, content: Mapping[str, Any], tensors: Mapping[
         weights = folder / f"model-{digest[:16]}.safetensors"
         os.replace(temporary, weights)
         sync(folder)
-        version = FORMAT_VERSION if content.get("optimizers") else FORMAT_VERSION - 1
+        version = FORMAT_VERSION if "training" in content else FORMAT_VERSION - 1
         head = {"format": FORMAT, "format_version": version, "embcomp_version": __version__}
         named = {"weights": {"file": weights.name, "bytes": size, "sha256": digest}}
         text = json.dumps(sealed(head | named | dict(content)), indent=2, allow_nan=False)
@@ -172,20 +177,25 @@ def _read(config_file: Path, file: Path, content: dict[str, Any]) -> Checkpoint:
         if not isinstance(same, str) or same not in tensors:
             raise IncompatibleStateError(f"{config_file}: {name!r} is said to equal {same!r}, which {file} lacks")
         tensors[name] = tensors[same]
-    kept = _optimizer_tensors(config_file, content)
+    kept = _training_tensors(config_file, content)
     if missing := kept - tensors.keys():
-        raise IncompatibleStateError(f"{file} lacks {min(missing)!r}, state of an optimizer that {CONFIG} names")
+        raise IncompatibleStateError(f"{file} lacks {min(missing)!r}, state of training that {CONFIG} names")
     own = {name: tensor for name, tensor in tensors.items() if name not in kept}
     return Checkpoint(config_file, file, content, own, {name: tensors[name] for name in kept})
 
 
-def _optimizer_tensors(config_file: Path, content: dict[str, Any]) -> set[str]:
-    described = get({"optimizers": {}} | content, "optimizers", dict, config_file)
-    return {
-        get({"tensor": name}, "tensor", str, config_file)
-        for raw in described.values()
-        for name in get(raw, "tensors", dict, config_file).values()
-    }
+def _training_tensors(config_file: Path, content: dict[str, Any]) -> set[str]:
+    """Names of the tensors that are none of the model's, but of its training."""
+    training = get({"training": {"optimizers": []}} | content, "training", dict, config_file)
+    places = [
+        get(raw, "tensors", dict, config_file)
+        for optimizer in get(training, "optimizers", list, config_file)
+        for group in get(optimizer, "groups", list, config_file)
+        for raw in get(group, "parameters", dict, config_file).values()
+    ]
+    if "phase" in training:
+        places.append(get(training["phase"], "initial", dict, config_file))
+    return {get(own, key, str, config_file) for own in places for key in own}
 
 
 def get(content: Any, key: str, kind: type[_Kind], file: Path) -> _Kind:

@@ -1,10 +1,11 @@
-"""State of optimizers in a checkpoint: tensors and plain numbers, by the names of the parameters they belong to."""
+"""State of optimizers in a checkpoint: tensors and plain values, by the names of the parameters they belong to."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,134 +14,284 @@ from torch import Tensor, nn
 from embcomp._checkpoint import Checkpoint, get
 from embcomp.errors import ConfigError, IncompatibleStateError
 
+_KEYS = {"state", "param_groups"}
+
 
 @dataclass(frozen=True)
 class ParameterState:
     """What an optimizer keeps for one parameter.
 
     Attributes:
-        kind: the class of the optimizer.
+        shape: of the parameter.
         tensors: by the optimizer's names for them.
         numbers: the same.
     """
 
-    kind: str
+    shape: tuple[int, ...]
     tensors: dict[str, Tensor] = field(default_factory=dict)
     numbers: dict[str, int | float] = field(default_factory=dict)
 
 
-def states_of(
-    parameters: Mapping[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]
-) -> dict[str, ParameterState]:
-    """The state of optimizers by the names of parameters, which has an entry for each that they train.
+@dataclass(frozen=True)
+class GroupState:
+    """A group of parameters: its options, such as the learning rate, and the states by the parameters' names."""
 
-    Raises:
-        ConfigError: if one is no torch optimizer, or two train one parameter.
-        IncompatibleStateError: if one trains what is not among the parameters, or keeps what is no tensor or number.
-    """
-    found: dict[str, ParameterState] = {}
-    for name, _, _, parameter, optimizer in _trained(parameters, optimizers):
-        own = found[name] = ParameterState(type(optimizer).__name__)
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor) and value.layout is torch.strided:
-                own.tensors[key] = value.detach()
-            elif isinstance(value, int | float) and math.isfinite(value):
-                own.numbers[key] = value
-            elif value is not None:
-                raise IncompatibleStateError(
-                    f"{own.kind} keeps {key!r} of {name!r}, a {type(value).__name__}: only tensors and finite numbers "
-                    "can be saved without pickle"
-                )
+    options: dict[str, Any]
+    parameters: dict[str, ParameterState]
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """An optimizer: its class, and its groups."""
+
+    kind: str
+    groups: list[GroupState]
+
+    @property
+    def names(self) -> list[list[str]]:
+        """Names of the parameters of each group."""
+        return [list(group.parameters) for group in self.groups]
+
+
+@dataclass(frozen=True)
+class PhaseState:
+    """What a phase of several needs: its name, and the weights, by name, that later ones may go back to."""
+
+    name: str
+    initial: dict[str, Tensor]
+
+
+def wrapped_by(optimizer: torch.optim.Optimizer) -> dict[str, torch.optim.Optimizer]:
+    """The optimizers that one holds as its attributes, or in lists or mappings there, by the attribute."""
+    found: dict[str, torch.optim.Optimizer] = {}
+    for name, value in vars(optimizer).items():
+        if name in ("state", "param_groups", "defaults"):
+            continue
+        values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
+        for own in values:
+            for part in own if isinstance(own, tuple) else (own,):
+                if isinstance(part, torch.optim.Optimizer):
+                    found[f"{name}[{len(found)}]" if name in found else name] = part
     return found
 
 
-def fitted_states(
-    parameters: Mapping[str, nn.Parameter],
-    optimizers: Sequence[torch.optim.Optimizer],
-    saved: Mapping[str, ParameterState],
-    checkpoint: Checkpoint,
-) -> list[dict[str, Any]]:
-    """What each of the optimizers is to load of the states that `read_states` has read.
+def states_of(
+    parameters: Mapping[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]
+) -> list[OptimizerState]:
+    """The state of optimizers, by the names of parameters.
 
     Raises:
-        ConfigError, IncompatibleStateError: as `states_of`, or if the optimizers are not of the saved kinds or do not
-            train the saved parameters.
+        ConfigError: if one is no plain torch optimizer, or two train one parameter.
+        IncompatibleStateError: if one trains what is not among the parameters, or keeps what is no tensor or number.
     """
-    trained = list(_trained(parameters, optimizers))
-    names = {name for name, *_ in trained}
-    for whose, few in (("these optimizers do not train", saved.keys() - names), ("it lacks", names - saved.keys())):
-        if few:
-            raise IncompatibleStateError(
-                f"{checkpoint.config_file} has the state of other optimizers: {whose} {', '.join(sorted(few)[:3])}"
-                f"{f' and {len(few) - 3} more' if len(few) > 3 else ''}. Make them as those that were saved"
-            )
-    states: list[dict[Any, Any]] = [{} for _ in optimizers]
-    for name, number, index, _, optimizer in trained:
-        if saved[name].kind != (kind := type(optimizer).__name__):
-            raise IncompatibleStateError(
-                f"{checkpoint.config_file} has the state of {saved[name].kind} for {name!r}, which {kind} trains now"
-            )
-        if own := saved[name].tensors | saved[name].numbers:
-            states[number][index] = own
-    return [optimizer.state_dict() | {"state": state} for optimizer, state in zip(optimizers, states, strict=True)]
+    if isinstance(optimizers, torch.optim.Optimizer):
+        raise ConfigError(f"optimizers is one {type(optimizers).__name__}: give a list of them, [optimizer]")
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    found: list[OptimizerState] = []
+    known: set[str] = set()
+    for number, optimizer in enumerate(optimizers):
+        _check_plain(number, optimizer)
+        groups = []
+        for group in optimizer.param_groups:
+            own: dict[str, ParameterState] = {}
+            for parameter in group["params"]:
+                name = names.get(id(parameter))
+                if name is None:
+                    raise IncompatibleStateError(
+                        f"optimizers[{number}] trains a parameter of shape {tuple(parameter.shape)} that is not the "
+                        "model's: make optimizers after compress_ and load_pretrained_, of the model's own parameters"
+                    )
+                if name in known:
+                    raise ConfigError(f"two of the optimizers train {name!r}")
+                known.add(name)
+                own[name] = _state_of(optimizer, name, parameter)
+            groups.append(GroupState(_options_of(optimizer, group), own))
+        found.append(OptimizerState(_kind(optimizer), groups))
+    return found
 
 
-def packed(states: Mapping[str, ParameterState]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def check_fit(own: Sequence[OptimizerState], saved: Sequence[OptimizerState], checkpoint: Checkpoint) -> None:
+    """Check that optimizers can take over what was saved.
+
+    Raises:
+        IncompatibleStateError: if they are not of the saved kinds, or do not train the saved parameters.
+    """
+    file = checkpoint.config_file
+    kinds, wanted = [one.kind for one in own], [one.kind for one in saved]
+    if kinds != wanted:
+        raise IncompatibleStateError(
+            f"{file} has the state of {', '.join(wanted) or 'no optimizer'}, and is to be loaded by "
+            f"{', '.join(kinds) or 'none'}: make the optimizers as those that were saved, in the same order"
+        )
+    for number, (mine, theirs) in enumerate(zip(own, saved, strict=True)):
+        if mine.names != theirs.names:
+            strange = sorted(set(chain(*mine.names)) ^ set(chain(*theirs.names)))
+            few = f"other parameters: {', '.join(strange[:3])}" if strange else "the same parameters in other groups"
+            raise IncompatibleStateError(
+                f"{file} has the state of another {mine.kind} than optimizers[{number}], for {few}"
+                f"{f' and {len(strange) - 3} more' if len(strange) > 3 else ''}: make it as the one that was saved"
+            )
+        for group, other in zip(mine.groups, theirs.groups, strict=True):
+            for name, state in other.parameters.items():
+                if state.shape != (shape := group.parameters[name].shape):
+                    raise IncompatibleStateError(
+                        f"{file} has the state of {name!r} of shape {state.shape}, which has {shape} in this model: "
+                        "load the model from the same checkpoint first"
+                    )
+
+
+def load_states_(
+    parameters: Mapping[str, nn.Parameter],
+    optimizers: Sequence[torch.optim.Optimizer],
+    saved: Sequence[OptimizerState],
+) -> None:
+    """Give optimizers states that fit them, options included."""
+    for optimizer, state in zip(optimizers, saved, strict=True):
+        raw = optimizer.state_dict()
+        values: dict[Any, Any] = {}
+        for group, packed_group in zip(state.groups, raw["param_groups"], strict=True):
+            for own, index in zip(group.parameters.values(), packed_group["params"], strict=True):
+                if own.tensors or own.numbers:
+                    values[index] = own.tensors | own.numbers
+            packed_group |= {key: _like(packed_group.get(key), value) for key, value in group.options.items()}
+        optimizer.load_state_dict({"state": values, "param_groups": raw["param_groups"]})
+        for group in state.groups:
+            for name, own in group.parameters.items():
+                loaded = optimizer.state.get(parameters[name], {})
+                for key, tensor in own.tensors.items():
+                    if loaded[key].dtype != tensor.dtype:  # torch rounds to the dtype of the parameter
+                        loaded[key] = tensor.to(loaded[key].device, copy=True)
+
+
+def packed(states: Sequence[OptimizerState], phase: PhaseState | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """States as JSON values, and the tensors those name."""
-    described: dict[str, Any] = {}
+    described: list[Any] = []
     tensors: dict[str, Tensor] = {}
-    for name, own in states.items():
-        places = {key: f"optimizer:{name}.{key}" for key in own.tensors}
-        described[name] = {"kind": own.kind, "numbers": own.numbers, "tensors": places}
-        tensors |= {place: own.tensors[key] for key, place in places.items()}
-    return described, tensors
+    for optimizer in states:
+        groups: list[Any] = []
+        for group in optimizer.groups:
+            parameters: dict[str, Any] = {}
+            for name, own in group.parameters.items():
+                places = {key: f"optimizer:{name}.{key}" for key in own.tensors}
+                parameters[name] = {"shape": list(own.shape), "numbers": own.numbers, "tensors": places}
+                tensors |= {place: own.tensors[key] for key, place in places.items()}
+            groups.append({"options": group.options, "parameters": parameters})
+        described.append({"kind": optimizer.kind, "groups": groups})
+    found: dict[str, Any] = {"optimizers": described}
+    if phase is not None:
+        places = {name: f"initial:{name}" for name in phase.initial}
+        tensors |= {place: phase.initial[name] for name, place in places.items()}
+        found["phase"] = {"name": phase.name, "initial": places}
+    return found, tensors
 
 
-def read_states(checkpoint: Checkpoint) -> dict[str, ParameterState]:
+def read_states(checkpoint: Checkpoint) -> list[OptimizerState]:
     """The states that a checkpoint has.
 
     Raises:
-        IncompatibleStateError: if it has none.
+        IncompatibleStateError: if it has none, or they are no such states.
     """
     file = checkpoint.config_file
-    described = checkpoint.content.get("optimizers", {})
-    if not described:
+    if "training" not in checkpoint.content:
         raise IncompatibleStateError(f"{file} has no state of optimizers: save it along, with optimizers=[...]")
-    found = {}
-    for name, raw in described.items():
-        own = found[name] = ParameterState(get(raw, "kind", str, file), numbers=get(raw, "numbers", dict, file))
-        for key, tensor in get(raw, "tensors", dict, file).items():
-            own.tensors[key] = checkpoint.optimizer_tensors[tensor]
-        if strange := [key for key, value in own.numbers.items() if not isinstance(value, int | float)]:
-            raise IncompatibleStateError(f"{file}: {strange[0]!r} of the optimizer of {name!r} must be a number")
-    return found
+    return [
+        OptimizerState(
+            get(optimizer, "kind", str, file),
+            [
+                GroupState(
+                    get(group, "options", dict, file),
+                    {
+                        name: _read_parameter(checkpoint, name, raw)
+                        for name, raw in get(group, "parameters", dict, file).items()
+                    },
+                )
+                for group in get(optimizer, "groups", list, file)
+            ],
+        )
+        for optimizer in get(checkpoint.get("training", dict), "optimizers", list, file)
+    ]
+
+
+def read_phase(checkpoint: Checkpoint) -> PhaseState | None:
+    """The phase that a checkpoint with state of optimizers was saved in, if it was one of several."""
+    raw = checkpoint.get("training", dict).get("phase")
+    if raw is None:
+        return None
+    places = get(raw, "initial", dict, checkpoint.config_file)
+    initial = {name: checkpoint.training_tensors[place] for name, place in places.items()}
+    return PhaseState(get(raw, "name", str, checkpoint.config_file), initial)
 
 
 # ---- inside ---------------------------------------------------------------------------------------------------------
 
 
-def _trained(
-    parameters: Mapping[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]
-) -> Iterator[tuple[str, int, Any, nn.Parameter, torch.optim.Optimizer]]:
-    """Name, number of the optimizer, its own index, parameter and optimizer, of each parameter that is trained."""
-    if isinstance(optimizers, torch.optim.Optimizer):
-        raise ConfigError(f"optimizers is one {type(optimizers).__name__}: give a list of them, [optimizer]")
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    known: set[str] = set()
-    for number, optimizer in enumerate(optimizers):
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ConfigError(f"optimizers[{number}] is a {type(optimizer).__name__}, not a torch.optim.Optimizer")
-        groups = zip(optimizer.param_groups, optimizer.state_dict()["param_groups"], strict=True)
-        for parameter, index in (
-            pair for own, raw in groups for pair in zip(own["params"], raw["params"], strict=True)
-        ):
-            name = names.get(id(parameter))
-            if name is None:
-                raise IncompatibleStateError(
-                    f"optimizers[{number}] trains a parameter of shape {tuple(parameter.shape)} the model has not: "
-                    "make optimizers after compress_ and load_pretrained_, of the model's own parameters"
-                )
-            if name in known:
-                raise ConfigError(f"two of the optimizers train {name!r}")
-            known.add(name)
-            yield name, number, index, parameter, optimizer
+def _check_plain(number: int, optimizer: Any) -> None:
+    kind = type(optimizer).__name__
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(f"optimizers[{number}] is a {kind}, not a torch.optim.Optimizer")
+    if inner := wrapped_by(optimizer):
+        shown = ", ".join(f".{name} ({type(own).__name__})" for name, own in inner.items())
+        raise ConfigError(f"optimizers[{number}] is a {kind} that has its state in others: give those, its {shown}")
+    if (keys := optimizer.state_dict().keys()) != _KEYS:
+        raise ConfigError(
+            f"optimizers[{number}] is a {kind}, whose state_dict has {sorted(keys)}: only those with 'state' and "
+            "'param_groups', as torch has them, can be saved"
+        )
+
+
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    return f"{type(optimizer).__module__.partition('.')[0]}.{type(optimizer).__qualname__}"
+
+
+def _state_of(optimizer: torch.optim.Optimizer, name: str, parameter: nn.Parameter) -> ParameterState:
+    own = ParameterState(tuple(parameter.shape))
+    for key, value in optimizer.state.get(parameter, {}).items():
+        if isinstance(value, Tensor) and value.layout is torch.strided:
+            own.tensors[key] = value.detach()
+        elif isinstance(value, int | float) and math.isfinite(value):
+            own.numbers[key] = value
+        elif value is not None:
+            what = f"a tensor of layout {value.layout}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise IncompatibleStateError(
+                f"{type(optimizer).__name__} keeps {key!r} of {name!r}, {what}: only dense tensors and finite numbers "
+                "can be saved without pickle"
+            )
+    return own
+
+
+def _options_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group as JSON values."""
+    found = {}
+    for key, value in group.items():
+        if key == "params":
+            continue
+        plain = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        plain = list(plain) if isinstance(plain, tuple) else plain
+        if not all(_is_plain(part) for part in (plain if isinstance(plain, list) else [plain])):
+            raise IncompatibleStateError(
+                f"{type(optimizer).__name__} has the option {key}={value!r}: only finite numbers, texts and lists of "
+                "them can be saved without pickle"
+            )
+        found[key] = plain
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _like(now: Any, saved: Any) -> Any:
+    """A saved option as the kind that the optimizer has now: a tensor, or a tuple."""
+    if isinstance(now, Tensor):
+        return torch.full_like(now, saved)
+    return tuple(saved) if isinstance(saved, list) and isinstance(now, tuple | None) else saved
+
+
+def _read_parameter(checkpoint: Checkpoint, name: str, raw: Any) -> ParameterState:
+    file = checkpoint.config_file
+    own = ParameterState(tuple(get(raw, "shape", list, file)), numbers=get(raw, "numbers", dict, file))
+    for key, tensor in get(raw, "tensors", dict, file).items():
+        own.tensors[key] = checkpoint.training_tensors[tensor]
+    if strange := [key for key, value in own.numbers.items() if not isinstance(value, int | float)]:
+        raise IncompatibleStateError(f"{file}: {strange[0]!r} of the optimizer of {name!r} must be a number")
+    return own

@@ -31,6 +31,7 @@ class SavedGroup:
         frozen: whether nothing of it is trained.
         empty: the tables.
         state: the tensors.
+        digest: of the checkpoint.
         unrounded: names of the row stores whose rounding is switched off; None where that is not known, in serving
             forms and checkpoints from before it was saved.
     """
@@ -39,11 +40,13 @@ class SavedGroup:
     frozen: bool
     empty: EmbeddingTables
     state: dict[str, Tensor]
+    digest: str
     unrounded: list[str] | None
 
     def build(self) -> EmbeddingTables:
         """Fill the tables."""
         self.empty.load_state_dict(self.state, assign=True)
+        self.empty.loaded_from = self.digest
         self.set_rounding_of(self.empty)
         return self.empty.requires_grad_(False) if self.frozen else self.empty
 
@@ -79,7 +82,8 @@ def saved_groups(checkpoint: Checkpoint) -> list[SavedGroup]:
             empty.check_state(state)
         except IncompatibleStateError as error:
             raise IncompatibleStateError(f"{checkpoint.weights_file} contradicts itself: {error}") from error
-        groups.append(SavedGroup(prefix, get(raw, "frozen", bool, file), empty, state, _unrounded(raw, empty, file)))
+        frozen, unrounded = get(raw, "frozen", bool, file), _unrounded(raw, empty, file)
+        groups.append(SavedGroup(prefix, frozen, empty, state, checkpoint.digest, unrounded))
     if not groups:
         raise IncompatibleStateError(f"{file} describes no group of tables")
     return groups
@@ -217,6 +221,7 @@ def load_compressed(model: nn.Module, saved: Sequence[SavedGroup], checkpoint: C
             tables.finalize_()
         tables.take_specs_(by_prefix[prefix].empty.specs)
         tables.load_state_dict(by_prefix[prefix].state, assign=any(p.is_meta for p in tables.parameters()))
+        tables.loaded_from = checkpoint.digest
         by_prefix[prefix].set_rounding_of(tables)
         tables.load_front_(by_prefix[prefix].empty.front_state())
     model.load_state_dict(rest, strict=False, assign=any(tensor.is_meta for tensor in expected.values()))

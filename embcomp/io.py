@@ -10,17 +10,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from embcomp._checkpoint import read_checkpoint, write_checkpoint
-from embcomp._optimizer_state import ParameterState, fitted_states, packed, read_states, states_of
+from embcomp._checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from embcomp._optimizer_state import (
+    OptimizerState,
+    PhaseState,
+    check_fit,
+    load_states_,
+    packed,
+    read_phase,
+    read_states,
+    states_of,
+)
 from embcomp._restore import load_compressed, load_plain, saved_groups, stores_of
 from embcomp.budget import Plan
 from embcomp.config import config_to_dict
-from embcomp.errors import IncompatibleStateError
+from embcomp.errors import ConfigError, IncompatibleStateError
 from embcomp.memory import format_bytes, sum_reports
 from embcomp.reporting import markdown_rows, table_rows
 from embcomp.sites import find_groups
@@ -28,9 +37,15 @@ from embcomp.swap import Compression, groups_of
 from embcomp.tables import EmbeddingTables
 from embcomp.views import TableView
 
+if TYPE_CHECKING:
+    from embcomp.training import Phases
+
 
 def save_pretrained(
-    module: nn.Module | Compression, folder: str | Path, optimizers: Sequence[torch.optim.Optimizer] = ()
+    module: nn.Module | Compression,
+    folder: str | Path,
+    optimizers: Sequence[torch.optim.Optimizer] | None = None,
+    phases: Phases | None = None,
 ) -> Path:
     """Save tables, or a model with all its weights, into a folder.
 
@@ -43,15 +58,16 @@ def save_pretrained(
         module: `EmbeddingTables`, a model with compressed tables, or what `compress_` returned. Of what
             ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` wrap, the model is saved.
         folder: made if it is not there.
-        optimizers: whose state is saved along, for `load_optimizers_`, to go on with training: momenta, accumulators
-            and counts of steps, not learning rates and the like.
+        optimizers: whose state and options are saved along, for `load_optimizers_`, to go on with training.
+        phases: that the model is being trained in, if it is: they know the weights that a later phase goes back to.
 
     Returns:
         the folder.
 
     Raises:
         NoMatchingTableError: if there are no compressed tables in the model.
-        ConfigError: if one of the optimizers is none of torch, or two train one parameter.
+        ConfigError: if one of the optimizers is none of torch, or wraps others, or two train one parameter, or
+            ``phases`` are missing.
         IncompatibleStateError: if something in the state is no tensor with values, so that it can't be saved, or rows
             lie in several processes, or an optimizer trains what is not the model's.
         WriteError: if the folder can't be written to; it has the older checkpoint then, or the new one, whole.
@@ -59,15 +75,25 @@ def save_pretrained(
     model = unwrapped(module.model if isinstance(module, Compression) else module)
     if any(tables.is_sharded for tables in find_groups(model).values()):
         raise IncompatibleStateError("rows of these tables lie in several processes: use save_sharded in all of them")
-    return write_pretrained(model, folder, model.state_dict(), states_of(dict(model.named_parameters()), optimizers))
+    states, initial = None, None
+    if optimizers is not None:
+        _check_phases(model, phases)
+        initial = None if phases is None else PhaseState(phases.phase.name, phases.initial)
+        optimizers = optimizers if phases is None else [*optimizers, *phases.optimizers]
+        states = states_of(dict(model.named_parameters()), optimizers)
+    return write_pretrained(model, folder, model.state_dict(), states, initial)
 
 
 def write_pretrained(
-    model: nn.Module, folder: str | Path, state: Mapping[str, Any], optimizer_states: Mapping[str, ParameterState]
+    model: nn.Module,
+    folder: str | Path,
+    state: Mapping[str, Any],
+    states: Sequence[OptimizerState] | None = None,
+    phase: PhaseState | None = None,
 ) -> Path:
     """Save a model whose state, and that of its optimizers, was gathered elsewhere; see `save_pretrained`."""
     groups_of(model)
-    optimizers, kept = packed(optimizer_states)
+    optimizers, kept = packed(states or (), phase)
     tensors, aliases = _distinct({**state, **kept})
     groups = find_groups(model)
     views = [view for view in model.modules() if isinstance(view, TableView) and len(view.names) > 1]
@@ -75,7 +101,7 @@ def write_pretrained(
         "groups": [_describe(prefix, tables) for prefix, tables in groups.items()],
         "fused": {view.table: _fields(view) for view in views},
         "aliases": aliases,
-        **({"optimizers": optimizers} if optimizers else {}),
+        **({} if states is None else {"training": optimizers}),
     }
     return write_checkpoint(Path(folder), described, tensors, _card(list(groups.values())))
 
@@ -140,27 +166,68 @@ def load_pretrained_(model: nn.Module, folder: str | Path, verbose: bool = True)
 
 
 def load_optimizers_(
-    model: nn.Module | Compression, folder: str | Path, optimizers: Sequence[torch.optim.Optimizer]
+    model: nn.Module | Compression,
+    folder: str | Path,
+    optimizers: Sequence[torch.optim.Optimizer],
+    phases: Phases | None = None,
 ) -> None:
     """Give optimizers the state that was saved with a model, to go on with training after `load_pretrained_`.
 
-    Learning rates and other options are those that the optimizers were made with.
+    Learning rates and other options become those that were saved, as with ``load_state_dict`` of torch's optimizers.
 
     Args:
         model: the loaded one, whose parameters the optimizers train.
         folder: where `save_pretrained` saved, with ``optimizers=``.
-        optimizers: as those that were saved: of the same kinds, for the same parameters.
+        optimizers: as those that were saved: of the same kinds, in the same order, for the same parameters.
+        phases: if the model was saved with some: those of the loaded model, in the phase that it was saved in. As to
+            enter a phase may change weights, these become what they were when they were saved.
 
     Raises:
-        ConfigError: if one of the optimizers is none of torch, or two train one parameter.
-        IncompatibleStateError: as `load_tables`, if there is no state of optimizers, or it does not fit; no optimizer
-            is changed then.
+        ConfigError: if one of the optimizers is none of torch, or wraps others, or two train one parameter.
+        IncompatibleStateError: as `load_tables`, if there is no state of optimizers, it does not fit, phases are not as
+            they were, or the model was loaded from another checkpoint; nothing is changed then.
     """
     model = unwrapped(model.model if isinstance(model, Compression) else model)
     checkpoint = read_checkpoint(Path(folder))
-    states = fitted_states(dict(model.named_parameters()), optimizers, read_states(checkpoint), checkpoint)
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict(state)
+    saved, phase = read_states(checkpoint), read_phase(checkpoint)
+    check_loaded(model, checkpoint)
+    there = None if phases is None else phases.phase.name
+    if (wanted := None if phase is None else phase.name) != there:
+        raise IncompatibleStateError(
+            f"{checkpoint.config_file} was saved in phase {wanted}, and is loaded in phase {there}: give phases=, "
+            "entered as they were"
+        )
+    parameters = dict(model.named_parameters())
+    optimizers = optimizers if phases is None else [*optimizers, *phases.optimizers]
+    check_fit(states_of(parameters, optimizers), saved, checkpoint)
+    if phases is not None and phase is not None:
+        load_compressed(model, saved_groups(checkpoint), checkpoint)
+        phases.initial = phase.initial
+    load_states_(parameters, optimizers, saved)
+
+
+def _check_phases(model: nn.Module, phases: Phases | None) -> None:
+    """Refuse to leave out what later phases go back to."""
+    for tables in groups_of(model):
+        if phases is None and tables.current_phase is not None:
+            raise ConfigError(
+                f"tables {', '.join(tables.names[:3])} are in phase {tables.current_phase!r}, one of several: give "
+                "phases= too, which know the weights that a later one goes back to"
+            )
+
+
+def check_loaded(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Refuse a model whose tables were loaded from another checkpoint, such as the one that was in the folder before.
+
+    Raises:
+        IncompatibleStateError: if so.
+    """
+    for tables in groups_of(model):
+        if tables.loaded_from not in (None, checkpoint.digest):
+            raise IncompatibleStateError(
+                f"{checkpoint.config_file} is not the checkpoint that the model was loaded from, but a later one or "
+                "another: call load_pretrained_ again, so that weights and optimizers are of one moment"
+            )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -182,7 +249,7 @@ def _describe(prefix: str, tables: EmbeddingTables) -> dict[str, Any]:
         "config": config_to_dict(tables.config),
         "specs": [dataclasses.asdict(spec) for spec in tables.specs],
         "is_final": tables.is_final,
-        "frozen": bool(trained) and not any(trained),
+        "frozen": bool(trained) and not any(trained) and not tables.is_paused,
         "serve_bytes": report.serve_bytes,
         "full_bytes": report.full_bytes,
         **({} if front is None else {"front": front}),

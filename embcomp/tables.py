@@ -60,6 +60,13 @@ class EmbeddingTables(IncomingIds):
     is_sharded: bool = False
     """Whether other processes hold some rows: then all processes make every lookup together, be it of no id."""
 
+    is_paused: bool = False
+    """Whether a phase of training has switched its gradients off for a while (`embcomp.training.Phases`)."""
+    current_phase: str | None = None
+    """Which of several phases training is in; None outside them."""
+    loaded_from: str | None = None
+    """The digest of the checkpoint that the tables are of; None if they were built."""
+
     _counts: bool = True
 
     def __init_subclass__(cls) -> None:

@@ -22,6 +22,7 @@ OPTIMIZERS = {
     "Adagrad": lambda given: [torch.optim.Adagrad(given, lr=0.1)],
     "RMSprop": lambda given: [torch.optim.RMSprop(given, lr=0.1, centered=True)],
     "two": lambda given: [RowwiseAdagrad(given[:2], lr=0.1), torch.optim.Adam(given[2:], lr=0.1)],
+    "counting": lambda given: [Counting(given, lr=0.1)],
     "groups": lambda given: [torch.optim.Adam([{"params": given[3:]}, {"params": given[:3], "lr": 0.2}])],
 }
 
@@ -36,6 +37,26 @@ class Sparse(nn.Module):
 
     def forward(self, ids):
         return self.item(ids)
+
+
+class Wrapping(torch.optim.Optimizer):
+    """What gives another optimizer its gradients, and has no state of its own."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, inner.defaults)
+        self.inner = inner
+
+
+class Counting(torch.optim.SGD):
+    """Keeps count in its groups, and state in a dtype of its own."""
+
+    def step(self):
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["seen"] = state.get("seen", torch.tensor(2**53, dtype=torch.int64)) + 1
+                parameter.data.mul_(1 - 0.01 * group["k"])
 
 
 def plain():
@@ -126,12 +147,20 @@ def saved(folder, make=torch.optim.Adam):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda model: [torch.optim.SGD(model.parameters())], "has the state of Adam for .* which SGD trains now"),
-        (lambda model: [torch.optim.Adam(list(model.parameters())[1:])], "these optimizers do not train"),
-        (lambda model: [], "these optimizers do not train .* and 2 more"),
+        (lambda model: [torch.optim.SGD(model.parameters())], r"state of torch.Adam, and is to be loaded by torch.SGD"),
+        (
+            lambda model: [torch.optim.Adam(list(model.parameters())[1:])],
+            r"for other parameters: hidden.weight: make it",
+        ),
+        (
+            lambda model: [torch.optim.Adam([{"params": [p]} for p in model.parameters()])],
+            "for the same parameters in other groups",
+        ),
+        (lambda model: [], "and is to be loaded by none"),
         (lambda model: 2 * [torch.optim.Adam(model.parameters())], "two of the optimizers train"),
         (lambda model: torch.optim.Adam(model.parameters()), r"give a list of them, \[optimizer\]"),
         (lambda model: [torch.optim.Adam([*model.parameters(), nn.Parameter(torch.ones(3))])], r"of shape \(3,\)"),
+        (lambda model: [Wrapping(torch.optim.Adam(model.parameters()))], r"give those, its \.inner \(Adam\)"),
         (lambda model: [model], r"optimizers\[0\] is a Model, not a torch.optim.Optimizer"),
     ],
 )
@@ -144,12 +173,84 @@ def test_other_optimizers_are_refused_and_stay_as_they_were(make, message, tmp_p
         assert not getattr(optimizer, "state", None)
 
 
+def test_learning_rates_and_schedulers_go_on_too(tmp_path):
+    model = plain().model
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    for epoch in range(2):
+        train(model, [optimizer], epoch)
+        scheduler.step()
+    embcomp.save_pretrained(model, tmp_path, [optimizer])
+    kept = scheduler.state_dict()
+    resumed = embcomp.load_pretrained_(Model(), tmp_path, verbose=False).model
+    other = torch.optim.SGD(resumed.parameters(), lr=1e-3)
+    again = torch.optim.lr_scheduler.ExponentialLR(other, 0.5)
+    embcomp.load_optimizers_(resumed, tmp_path, [other])
+    again.load_state_dict(kept)
+    assert other.param_groups[0]["lr"] == 0.25e-3
+    again.step()
+    assert other.param_groups[0]["lr"] == 0.125e-3
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, lambda given: torch.optim.Adam(given, lr=torch.tensor(0.1))])
+def test_options_are_those_that_were_saved(make, tmp_path):
+    model = plain().model
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.25, betas=(0.5, 0.75), amsgrad=True)
+    train(model, [optimizer], 1)
+    embcomp.save_pretrained(model, tmp_path, [optimizer])
+    wanted = train(model, [optimizer], 2)
+    resumed = embcomp.load_pretrained_(Model(), tmp_path, verbose=False).model
+    other = make(resumed.parameters())
+    embcomp.load_optimizers_(resumed, tmp_path, [other])
+    assert type(other.param_groups[0]["betas"]) is tuple
+    assert same(train(resumed, [other], 2), wanted)
+
+
+def test_state_of_other_sizes_is_refused(tmp_path):
+    saved(tmp_path)
+    other = embcomp.compress_(Model(), "hash", "20%", fused=FUSED, verbose=False).model
+    with pytest.raises(IncompatibleStateError, match=r"of shape \(\d+, 8\), which has \(\d+, 8\) in this model"):
+        embcomp.load_optimizers_(other, tmp_path, [torch.optim.Adam(other.parameters())])
+
+
+def test_weights_and_optimizers_are_of_one_checkpoint(tmp_path):
+    model = plain().model
+    optimizer = torch.optim.Adam(model.parameters())
+    embcomp.save_pretrained(model, tmp_path, [optimizer])
+    resumed = embcomp.load_pretrained_(Model(), tmp_path, verbose=False).model
+    alone = embcomp.load_tables(tmp_path)[0]
+    train(model, [optimizer], 1)
+    embcomp.save_pretrained(model, tmp_path, [optimizer])
+    for other in (resumed, alone):
+        with pytest.raises(IncompatibleStateError, match="not the checkpoint that the model was loaded from"):
+            embcomp.load_optimizers_(other, tmp_path, [torch.optim.Adam(other.parameters())])
+    embcomp.load_pretrained_(resumed, tmp_path, verbose=False)
+    embcomp.load_optimizers_(resumed, tmp_path, [torch.optim.Adam(resumed.parameters())])
+
+
+@pytest.mark.parametrize("value", [print, float("nan"), {"a": 1}])
+def test_options_that_are_no_plain_values_are_named(value, tmp_path):
+    model = plain().model
+    optimizer = torch.optim.SGD(model.parameters())
+    optimizer.param_groups[0]["odd"] = value
+    with pytest.raises(IncompatibleStateError, match="SGD has the option odd="):
+        embcomp.save_pretrained(model, tmp_path, [optimizer])
+
+
+def test_no_optimizers_are_a_list_too(tmp_path):
+    model = plain().model
+    embcomp.save_pretrained(model, tmp_path, [])
+    embcomp.load_optimizers_(model, tmp_path, [])
+    with pytest.raises(IncompatibleStateError, match="has the state of no optimizer"):
+        embcomp.load_optimizers_(model, tmp_path, [torch.optim.Adam(model.parameters())])
+
+
 def test_parameters_that_were_not_trained_then(tmp_path):
     model = plain().model
     optimizer = torch.optim.Adam(list(model.parameters())[1:])
     train(model, [optimizer], 1)
     embcomp.save_pretrained(model, tmp_path, [optimizer])
-    with pytest.raises(IncompatibleStateError, match="state of other optimizers: it lacks "):
+    with pytest.raises(IncompatibleStateError, match=r"for other parameters: hidden.weight"):
         embcomp.load_optimizers_(model, tmp_path, [torch.optim.Adam(model.parameters())])
 
 
@@ -164,7 +265,7 @@ def test_what_cannot_be_saved_or_was_not(tmp_path):
         return value
 
     lbfgs.step(loss)
-    with pytest.raises(IncompatibleStateError, match=r"LBFGS keeps .* only tensors and finite numbers"):
+    with pytest.raises(IncompatibleStateError, match=r"LBFGS keeps .* only dense tensors and finite numbers"):
         embcomp.save_pretrained(model, tmp_path / "lbfgs", [lbfgs])
     assert not (tmp_path / "lbfgs").exists()
     with pytest.raises(IncompatibleStateError, match="trains a parameter of shape"):
@@ -182,13 +283,13 @@ def test_what_cannot_be_saved_or_was_not(tmp_path):
         lambda raw: raw.update(tensors={"exp_avg": "no such tensor"}),
         lambda raw: raw.update(tensors={"exp_avg": []}),
         lambda raw: raw.update(tensors=3),
-        lambda raw: raw.pop("kind"),
+        lambda raw: raw.pop("shape"),
     ],
 )
 def test_forged_states_are_told(forge, tmp_path):
     model = saved(tmp_path)
     content = json.loads((tmp_path / CONFIG).read_text())
-    forge(content["optimizers"]["hidden.bias"])
+    forge(content["training"]["optimizers"][0]["groups"][0]["parameters"]["hidden.bias"])
     (tmp_path / CONFIG).write_text(json.dumps(sealed(content)))
     with pytest.raises(IncompatibleStateError, match=CONFIG):
         embcomp.load_optimizers_(model, tmp_path, [torch.optim.Adam(model.parameters())])

@@ -146,7 +146,7 @@ def inspect(path: Path) -> Found:
         "tables": table_rows(groups),
         "other_tensors": len(checkpoint.tensors) - len(own),
         "other_bytes": sum(tensor.nbytes for name, tensor in checkpoint.tensors.items() if name not in own),
-        "optimizer_bytes": sum(tensor.nbytes for tensor in checkpoint.optimizer_tensors.values()),
+        "training_bytes": sum(tensor.nbytes for tensor in checkpoint.training_tensors.values()),
     }
 
 
@@ -170,8 +170,8 @@ def inspect_text(found: Found) -> str:
     ]
     if found["other_tensors"]:
         lines.append(f"and {found['other_tensors']} other tensors, {format_bytes(found['other_bytes'])}")
-    if found["optimizer_bytes"]:
-        lines.append(f"and state of optimizers, {format_bytes(found['optimizer_bytes'])}")
+    if found["training_bytes"]:
+        lines.append(f"and state of training, {format_bytes(found['training_bytes'])}")
     return "\n".join(lines)
 
 

@@ -104,6 +104,7 @@ class Phases:
         for name, parameters in self._own.items():
             for p in parameters:
                 p.requires_grad_(name in phase.trains and not phase.is_search)
+        self._mark_(phase)
         for tables in self._concerned(phase):
             tables.enter_phase_(phase)
         self._optimizer = None
@@ -131,6 +132,7 @@ class Phases:
             for p in parameters:
                 p.requires_grad_(name != "architecture")
                 p.grad = None
+        self._mark_(None)
 
     def parameters(self) -> list[nn.Parameter]:
         """What the loop's optimizer trains in this phase; architecture parameters have their own, inside `step_`."""
@@ -149,6 +151,11 @@ class Phases:
         self.initial = dict(state["initial"])
         if self._optimizer is not None and state["architecture"] is not None:
             self._optimizer.load_state_dict(state["architecture"])
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those of architecture parameters in this phase, one or none."""
+        return [] if self._optimizer is None else [self._optimizer]
 
     def weights(self) -> dict[str, Tensor]:
         """The model's parameters and buffers by name, but for tables' buffers, which hold what was chosen."""
@@ -318,6 +325,14 @@ class Phases:
         return result
 
     # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _mark_(self, phase: Phase | None) -> None:
+        """Tell tables the phase, so that a checkpoint does not take them for frozen ones, or lacks first weights."""
+        trained = {id(p) for p in self._own["tables"]}
+        is_paused = phase is not None and (phase.is_search or "tables" not in phase.trains)
+        for tables in self._unfinished:
+            tables.is_paused = is_paused and any(id(p) in trained for p in tables.parameters())
+            tables.current_phase = None if phase is None or len(self.phases) == 1 else phase.name
 
     def _make_searches(self) -> list[tuple[Searched, Search]]:
         groups = self._concerned(self.phase)

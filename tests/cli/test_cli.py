@@ -204,8 +204,8 @@ def test_inspect_tells_of_the_state_of_optimizers(tmp_path, capsys):
     tables = embcomp.build_tables([embcomp.TableSpec("user", 1000, 8)], "hash", "25%")
     optimizer = torch.optim.Adagrad(tables.parameters())  # which has a count of steps in 4 bytes
     embcomp.save_pretrained(tables, tmp_path, [optimizer])
-    assert "and state of optimizers, 7.82 KiB" in run(capsys, "inspect", tmp_path)[1]
-    assert json.loads(run(capsys, "inspect", tmp_path, "--json")[1])["optimizer_bytes"] == 8004
+    assert "and state of training, 7.82 KiB" in run(capsys, "inspect", tmp_path)[1]
+    assert json.loads(run(capsys, "inspect", tmp_path, "--json")[1])["training_bytes"] == 8004
 
 
 def test_inspect_tells_a_damaged_checkpoint(saved, capsys):

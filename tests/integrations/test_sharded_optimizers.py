@@ -46,7 +46,7 @@ def train(model, optimizer, rank, world_size, first, last):
 
 
 def gathered(model):
-    states = gather_row_states(model, dist.group.WORLD, torch.device("cpu"))
+    states = gather_row_states(model, dist.group.WORLD, torch.device("cpu")).groups[0].parameters
     return {path: {key: value.tolist() for key, value in state.tensors.items()} for path, state in states.items()}
 
 
@@ -127,47 +127,97 @@ def refusals(rank, world_size, folder):
     full, _ = distributed(model_of("hash"), "adagrad", "row_wise")
     copies, of_copies = distributed(model_of("hash"), "rowwise_adagrad", "data_parallel")
     told = []
-    for wrong, folder_name, optimizers in (
+    for wrong, name, optimizers in (
         (model, "without", [optimizer]),
+        (model, "nowhere" if rank else "with", [optimizer]),
         (model, "with", [torch.optim.SGD(dense)]),
-        (model, "with", [torch.optim.Adam(dense[1:])]),
+        (model, "with", [torch.optim.Adam(dense[1:] if rank else dense)]),
         (model, "with", []),
         (model, "with", [optimizer, optimizer]),
         (model, "with", optimizer),
+        (model, "with", [model.fused_optimizer]),
         (model, "with", [of_copies]),
+        (copies, "with", [of_copies]),
         (plain, "with", [torch.optim.Adam(sharding.dense_parameters(plain))]),
         (full, "with", [torch.optim.Adam(sharding.dense_parameters(full))]),
-        (copies, "with", [of_copies]),
     ):
         try:
-            sharding.load_optimizers_(wrong, folder / folder_name, optimizers)
+            sharding.load_optimizers_(wrong, folder / name, optimizers)
             told.append("")
         except (ConfigError, IncompatibleStateError) as error:
             told.append(str(error))
-    return told, train(model, optimizer, rank, world_size, 1, 2)
+    for optimizers in ([optimizer] if rank else None, [model.fused_optimizer] if rank else [optimizer]):
+        try:
+            sharding.save_sharded(model, folder / "other", optimizers=optimizers)
+            told.append("")
+        except (ConfigError, IncompatibleStateError) as error:
+            told.append(str(error))
+    return told, (folder / "other").exists()
 
 
 def test_other_optimizers_are_refused_in_every_process(tmp_path):
     ranks = run_workers(refusals, 2, tmp_path)
     words = [
         "has no state of optimizers",
-        "has the state of Adam for 'out.weight', which SGD trains now",
-        "these optimizers do not train",
-        "these optimizers do not train",
+        "nowhere/embcomp_config.json does not exist",
+        "has the state of torch.Adam, and is to be loaded by torch.SGD",
+        "for other parameters: out.weight",
+        "and is to be loaded by none",
         "two of the optimizers train 'out.weight'",
         "give a list of them, [optimizer]",
-        "the model has not",
-        "for which this optimizer keeps none",
-        "keeps a momentum1 of shape",
-        "for which this optimizer keeps none",
+        "that has its state in others",
+        "that is not the model's",
+        "for other parameters: tables.rows.weight",
+        "it keeps none for rows",
+        "it keeps a momentum1 of shape",
+        "some processes have optimizers=None and some have not",
+        "that has its state in others",
     ]
-    for told, _ in ranks:
+    for told, is_written in ranks:
         assert all(word in text for word, text in zip(words, told, strict=True)), told
+        assert not is_written
+
+
+class Rows(nn.Module):
+    """What has no parameters but its tables'."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.item = nn.Embedding(300, 8)
+
+    def forward(self, ids):
+        return self.item(ids).sum(-1)
+
+
+def rows_alone(rank, world_size, folder):
+    """The last loss after a step, and after a step more, of one model and of one that goes on with it."""
+    ids, found = torch.arange(40), []
+    for step in range(3):
+        model = Rows()
+        embcomp.compress_(model, "hash", "50%", verbose=False)
+        if step == 2:
+            embcomp.load_pretrained_(model, folder, verbose=False)
+        if step != 1:
+            sharded = sharding.distribute(model, "rowwise_adagrad", RATE, "row_wise")
+        if step == 2:
+            sharding.load_optimizers_(sharded, folder, [])
+        loss = sharded(ids).square().mean()
+        loss.backward()
+        if step == 0:
+            sharding.save_sharded(sharded, folder, optimizers=[])
+        found.append(sharded(ids).square().mean().item())
+    return found
+
+
+def test_models_without_other_parameters_keep_the_state_of_their_rows(tmp_path):
+    for _, wanted, again in run_workers(rows_alone, 2, tmp_path):
+        assert again == pytest.approx(wanted, abs=1e-7)
 
 
 def test_models_that_are_not_sharded_take_the_weights_and_say_whose_state_they_can_not_take(saved):
     folder = saved[0] / "1"
     model = model_of("hash, two")
     embcomp.load_pretrained_(model, folder, verbose=False)
-    with pytest.raises(IncompatibleStateError, match="these optimizers do not train tables"):
+    with pytest.raises(IncompatibleStateError, match=r"has the state of torch.Adam, TorchRec, fused, and is"):
         embcomp.load_optimizers_(model, folder, [torch.optim.Adam(model.parameters())])

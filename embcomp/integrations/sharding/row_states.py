@@ -11,19 +11,18 @@ from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardedTensor
 
-from embcomp._checkpoint import Checkpoint
-from embcomp._optimizer_state import ParameterState
-from embcomp.errors import ConfigError, IncompatibleStateError
+from embcomp._optimizer_state import GroupState, OptimizerState, ParameterState
+from embcomp.errors import ConfigError
 
 ROWS = "TorchRec, fused"
-"""The kind of a `ParameterState` of sharded rows."""
+"""The kind of an `OptimizerState` of sharded rows."""
 WIDTHS = "widths"
 """Beside accumulators of rows that are cut by column, one after the other: int64, how wide each part is."""
 
 
 def gather_row_states(
     model: DistributedModelParallel, group: dist.ProcessGroup, device: torch.device
-) -> dict[str, ParameterState]:
+) -> OptimizerState:
     """The state of all rows as if they were in one process; called in every process.
 
     Args:
@@ -32,7 +31,7 @@ def gather_row_states(
         device: that the group's backend sends from.
 
     Returns:
-        by the name of the rows' parameter; in the first process, and nothing in the others.
+        by the name of the rows' parameter, in the first process; of no rows in the others.
 
     Raises:
         ConfigError: for Adam.
@@ -58,49 +57,35 @@ def gather_row_states(
     found: dict[str, ParameterState] = {}
     weights = model.state_dict()
     for (path, key), value in whole.items():
-        state = found.setdefault(path, ParameterState(ROWS))
+        state = found.setdefault(path, ParameterState(tuple(weights[path].size())))
         state.tensors[key] = value
         if value.dim() == 1 and len(widths := _widths(weights[path])) > 1:
             state.tensors[WIDTHS] = widths
-    return found
+    return OptimizerState(ROWS, [GroupState({}, found)])
 
 
 def fitted_row_states(
-    model: DistributedModelParallel,
-    saved: Mapping[str, ParameterState],
-    checkpoint: Checkpoint,
-    group: dist.ProcessGroup,
-) -> list[tuple[Tensor, Tensor]]:
-    """Where each process has to put which part of what `gather_row_states` gathered; called in every process.
+    model: DistributedModelParallel, saved: Mapping[str, ParameterState]
+) -> tuple[list[tuple[Tensor, Tensor]], str, set[str]]:
+    """Where this process has to put which part of what `gather_row_states` gathered.
 
     Rows may be cut in other ways than they were. Row-wise accumulators of rows that are cut by column in other ways
     become the means over columns.
 
-    Raises:
-        IncompatibleStateError: in every process, if the state is that of another optimizer or of other rows.
+    Returns:
+        Pairs of a tensor of this process and what goes there; what is wrong, or ""; and the rows that it has parts of.
     """
     own, weights = _sharded(model), model.state_dict()
+    rows = {path for path, _ in own}
     copies: list[tuple[Tensor, Tensor]] = []
-    problem = None
     for (path, key), value in own.items():
         whole = _fitted(saved[path], key, weights[path]) if path in saved and key in saved[path].tensors else None
         if whole is None or whole.shape != value.size():
             has = "none" if whole is None else f"one of shape {tuple(whole.shape)}"
-            problem = f"this optimizer keeps a {key} of shape {tuple(value.size())} for rows {path}, and it has {has}"
-            break
+            return [], f"it keeps a {key} of shape {tuple(value.size())} for rows {path}, and there is {has}", rows
         for shard, (offsets, sizes) in zip(value.local_shards(), _places(value), strict=True):
             copies.append((shard.tensor, whole[_slices(offsets, sizes)]))
-    told: list[Any] = [None] * group.size()
-    dist.all_gather_object(told, (problem, {path for path, _ in own}), group)
-    problem = next((theirs for theirs, _ in told if theirs), None)
-    if problem is None and (strange := sorted(saved.keys() - set().union(*(paths for _, paths in told)))):
-        problem = f"it has that of rows {strange[0]}, for which this optimizer keeps none"
-    if problem is not None:
-        raise IncompatibleStateError(
-            f"{checkpoint.config_file} has the state of another optimizer of rows, or rows were sharded otherwise: "
-            f"{problem}"
-        )
-    return copies
+    return copies, "", rows
 
 
 # ---- inside ---------------------------------------------------------------------------------------------------------

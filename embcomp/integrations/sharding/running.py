@@ -17,8 +17,8 @@ from torchrec.distributed.types import ShardedTensor, ShardingEnv
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from embcomp._checkpoint import read_checkpoint
-from embcomp._optimizer_state import fitted_states, read_states, states_of
-from embcomp.errors import ConfigError, IncompatibleStateError, did_you_mean
+from embcomp._optimizer_state import OptimizerState, check_fit, load_states_, read_states, states_of
+from embcomp.errors import ConfigError, EmbcompError, IncompatibleStateError, did_you_mean
 from embcomp.integrations.sharding.plans import (
     REPLICATED,
     local_processes,
@@ -29,7 +29,7 @@ from embcomp.integrations.sharding.plans import (
 )
 from embcomp.integrations.sharding.row_states import ROWS, fitted_row_states, gather_row_states
 from embcomp.integrations.sharding.rows import ShardableRows, shardable_, stores_of
-from embcomp.io import write_pretrained
+from embcomp.io import check_loaded, write_pretrained
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "adam": ("eps",),
 }
 """Options of the optimizers that TorchRec's kernels obey, everywhere; others would be ignored, or fail within them."""
+_OTHER_ROWS = "rows have another optimizer than the one that was saved, or were sharded otherwise"
 
 
 def distribute(
@@ -142,7 +143,7 @@ def save_sharded(
     model: DistributedModelParallel,
     folder: str | Path,
     group: dist.ProcessGroup | None = None,
-    optimizers: Sequence[torch.optim.Optimizer] = (),
+    optimizers: Sequence[torch.optim.Optimizer] | None = None,
 ) -> None:
     """Save a distributed model as `save_pretrained` would save it undistributed; called in every process.
 
@@ -154,16 +155,27 @@ def save_sharded(
         model: what `distribute` returned.
         folder: one that the first process can write to.
         group: that the model is distributed over; None for the default one.
-        optimizers: of `dense_parameters`, whose state is saved along, and with it that of the optimizer of rows.
+        optimizers: of `dense_parameters`, whose state is saved along, and with it that of the optimizer of rows; an
+            empty list where there are no such parameters, None for no state at all.
 
     Raises:
-        ConfigError: if one of the optimizers is none of torch, two train one parameter, or rows are trained by Adam.
+        ConfigError: if one of the optimizers is none of torch, or wraps others, two train one parameter, or rows are
+            trained by Adam.
         IncompatibleStateError: in every process, if the first could not write, or an optimizer trains what is not the
-            model's.
+            model's, or processes do not agree on whether there are optimizers.
     """
-    states = states_of(dict(model.named_parameters()), optimizers)
-    if optimizers:
-        states |= gather_row_states(model, _group(group), _device(group))
+    group = _group(group)
+    states, found = None, None
+    try:
+        states = None if optimizers is None else states_of(dict(model.named_parameters()), optimizers)
+    except EmbcompError as error:
+        found = type(error), str(error)
+    told = _told((found, states is None), group)
+    _raise_first([theirs for theirs, _ in told])
+    if len({is_none for _, is_none in told}) > 1:
+        raise IncompatibleStateError("some processes have optimizers=None and some have not: give the same in all")
+    if states is not None:
+        states.append(gather_row_states(model, group, _device(group)))
     state = _gathered(model, group)
     problem: list[str | None] = [None]
     if dist.get_rank(group) == 0:
@@ -186,29 +198,45 @@ def load_optimizers_(
 
     The processes may be more or fewer than they were, and rows cut in other ways, except that rows of which every
     process had a copy must be copies again. Row-wise Adagrad has an accumulator per part of a row that is cut by
-    column: where rows are cut otherwise now, all parts begin with the mean.
+    column: where rows are cut otherwise now, all parts begin with the mean. Learning rates and other options become
+    those that were saved, but for the optimizer of rows.
 
     Args:
         model: what `distribute` returned, of a model that `load_pretrained_` has loaded.
-        folder: where `save_sharded` saved, with ``optimizers=``.
+        folder: where `save_sharded` saved, with ``optimizers=``; every process reads it.
         optimizers: of `dense_parameters`, as those that were saved.
         group: that the model is distributed over; None for the default one.
 
     Raises:
-        ConfigError: if one of the optimizers is none of torch, or two train one parameter.
-        IncompatibleStateError: if the checkpoint has no state of optimizers, or it does not fit; nothing is changed
-            then.
+        ConfigError, IncompatibleStateError: in every process, if one of them finds that an optimizer is none of torch,
+            the checkpoint has no state of optimizers, it does not fit, or it is not the one that the model was loaded
+            from; nothing is changed then.
     """
-    checkpoint = read_checkpoint(Path(folder))
-    saved = read_states(checkpoint)
-    rows = {name: state for name, state in saved.items() if state.kind == ROWS}
-    rest = {name: state for name, state in saved.items() if state.kind != ROWS}
-    copies = fitted_row_states(model, rows, checkpoint, _group(group))
-    states = fitted_states(dict(model.named_parameters()), optimizers, rest, checkpoint)
+    group = _group(group)
+    parameters = dict(model.named_parameters())
+    copies: list[tuple[Tensor, Tensor]] = []
+    saved: list[OptimizerState] = []
+    rows, wanted, found = set[str](), set[str](), None
+    try:
+        checkpoint = read_checkpoint(Path(folder))
+        *saved, of_rows = read_states(checkpoint)
+        check_loaded(model, checkpoint)
+        if of_rows.kind != ROWS:
+            raise IncompatibleStateError(f"{folder} has no state of sharded rows: save_pretrained has written it")
+        check_fit(states_of(parameters, optimizers), saved, checkpoint)
+        wanted = set(of_rows.groups[0].parameters)
+        copies, wrong, rows = fitted_row_states(model, of_rows.groups[0].parameters)
+        if wrong:
+            raise IncompatibleStateError(f"{folder}: {_OTHER_ROWS}: {wrong}")
+    except EmbcompError as error:  # the others wait: all are to hear of it
+        found = type(error), str(error)
+    told = _told((found, rows), group)
+    _raise_first([theirs for theirs, _ in told])
+    if strange := sorted(wanted.difference(*(theirs for _, theirs in told))):
+        raise IncompatibleStateError(f"{folder}: {_OTHER_ROWS}: it keeps none for rows {strange[0]}")
     for target, part in copies:
         target.copy_(part)
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict(state)
+    load_states_(parameters, optimizers, saved)
 
 
 # ---- inside ---------------------------------------------------------------------------------------------------------
@@ -218,6 +246,20 @@ def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     group = group or dist.group.WORLD
     assert group is not None
     return group
+
+
+def _told(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """What each process tells all."""
+    told: list[Any] = [None] * group.size()
+    dist.all_gather_object(told, value, group)
+    return told
+
+
+def _raise_first(errors: list[tuple[type[EmbcompError], str] | None]) -> None:
+    """Raise the first error of all processes in each of them, so that none waits for another."""
+    for error in errors:
+        if error is not None:
+            raise error[0](error[1])
 
 
 def _device(group: dist.ProcessGroup | None) -> torch.device:
@@ -243,8 +285,7 @@ def _check_optimizer(optimizer: str, options: Mapping[str, Any], device: torch.d
 def _check_alike(model: nn.Module, group: dist.ProcessGroup) -> None:
     """Compare rows of the processes' models, of which each will hold some; the rest is copied from the first one."""
     told = {", ".join(names[:3]): _sums(store.get_parameter("weight")) for _, store, names in stores_of(model)}
-    every: list[Any] = [None] * group.size()
-    dist.all_gather_object(every, told, group)
+    every = _told(told, group)
     for rank, other in enumerate(every):
         for rows in {**every[0], **other}:
             one, own = every[0].get(rows), other.get(rows)
