@@ -166,7 +166,7 @@ def _read(config_file: Path, file: Path, content: dict[str, Any]) -> Checkpoint:
     size, digest = get(weights, "bytes", int, config_file), get(weights, "sha256", str, config_file)
     try:
         _check_weights(file, size, digest)
-        tensors = safetensors.torch.load_file(file)
+        tensors = {name: _own_if_empty(tensor) for name, tensor in safetensors.torch.load_file(file).items()}
     except FileNotFoundError:
         raise
     except SafetensorError as error:
@@ -182,6 +182,11 @@ def _read(config_file: Path, file: Path, content: dict[str, Any]) -> Checkpoint:
         raise IncompatibleStateError(f"{file} lacks {min(missing)!r}, state of training that {CONFIG} names")
     own = {name: tensor for name, tensor in tensors.items() if name not in kept}
     return Checkpoint(config_file, file, content, own, {name: tensors[name] for name in kept})
+
+
+def _own_if_empty(tensor: Tensor) -> Tensor:
+    """Empty tensors without an address: safetensors' storages have one, from which torch.export subtracts their 0."""
+    return tensor if tensor.numel() else torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
 def _training_tensors(config_file: Path, content: dict[str, Any]) -> set[str]:

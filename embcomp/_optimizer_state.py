@@ -70,7 +70,7 @@ def wrapped_by(optimizer: torch.optim.Optimizer) -> dict[str, torch.optim.Optimi
         values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
         for own in values:
             for part in own if isinstance(own, tuple) else (own,):
-                if isinstance(part, torch.optim.Optimizer):
+                if isinstance(part, torch.optim.Optimizer) and part is not optimizer:
                     found[f"{name}[{len(found)}]" if name in found else name] = part
     return found
 

@@ -166,8 +166,29 @@ def load_plain(
     for key, home in homes.items():
         built[key].to("cpu" if home.type == "meta" else home)
     model, _ = fuse_collections(attach(model, [(s, built[id(group)]) for s, group in placed], list(built.values())))
-    model.load_state_dict(rest, strict=False, assign=assign)
+    _load_rest_(model, rest, assign)
     return model, list(built.values())
+
+
+def _load_rest_(model: nn.Module, rest: Mapping[str, Tensor], assign: bool) -> None:
+    """Load the tensors beside the groups; names that were one tensor, as those of tied weights are, stay one."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in _named_tensors(model).items():
+        names.setdefault(id(tensor), []).append(name)
+    model.load_state_dict(rest, strict=False, assign=assign)
+    if assign:
+        loaded = _named_tensors(model)
+        for tied in names.values():
+            if filled := [name for name in tied if name in rest]:  # else it is a buffer that is not saved, or of tables
+                for path, _, own in (name.rpartition(".") for name in tied):
+                    setattr(model.get_submodule(path), own, loaded[filled[-1]])  # the last, as where values are copied
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
 
 
 def _fused(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
@@ -224,7 +245,7 @@ def load_compressed(model: nn.Module, saved: Sequence[SavedGroup], checkpoint: C
         tables.loaded_from = checkpoint.digest
         by_prefix[prefix].set_rounding_of(tables)
         tables.load_front_(by_prefix[prefix].empty.front_state())
-    model.load_state_dict(rest, strict=False, assign=any(tensor.is_meta for tensor in expected.values()))
+    _load_rest_(model, rest, assign=any(tensor.is_meta for tensor in expected.values()))
     return list(groups.values())
 
 

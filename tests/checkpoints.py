@@ -34,6 +34,19 @@ class Model(nn.Module):
         return self.out(vectors).sum(1, keepdim=True) + self.again(vectors)
 
 
+class Tied(nn.Module):
+    """A weight and a buffer that several modules share, beside a table."""
+
+    def __init__(self):
+        super().__init__()
+        self.item = nn.Embedding(200, 8)
+        self.register_buffer("scratch", torch.ones(8), persistent=False)
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.b.weight = self.a.weight
+        for layer in (self.a, self.b):
+            layer.register_buffer("mean", self.scratch)
+
+
 class Extra(nn.Linear):
     def get_extra_state(self):
         return {"a": 1}

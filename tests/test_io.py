@@ -14,6 +14,7 @@ from tests.checkpoints import (
     IDS,
     Extra,
     Model,
+    Tied,
     compressed,
     edit,
     of_rows,
@@ -110,6 +111,36 @@ class TestModels:
             fresh = Model()
         embcomp.load_pretrained_(fresh, tmp_path, verbose=False)
         assert torch.equal(fresh(IDS), model(IDS))
+
+    @pytest.mark.parametrize("target", ["plain", "compressed"])
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    def test_bug_tied_weights_of_models_on_meta_stay_tied(self, device, target, tmp_path):
+        """Each of their names had a parameter of its own after loading, so that training made them differ."""
+        model = embcomp.compress_(Tied(), "hash", "50%", verbose=False).model
+        embcomp.save_pretrained(model, tmp_path)
+        with torch.device(device):
+            fresh = Tied()
+            if target == "compressed":
+                embcomp.compress_(fresh, "hash", "50%", verbose=False)
+        fresh.a.weight.requires_grad_(False)
+        embcomp.load_pretrained_(fresh, tmp_path, verbose=False)
+        assert same(fresh, model)
+        assert fresh.a.weight is fresh.b.weight
+        assert not fresh.a.weight.requires_grad
+        assert fresh.a.bias is not fresh.b.bias
+        assert fresh.scratch is fresh.a.mean is fresh.b.mean
+        assert not any(tensor.is_meta for tensor in (*fresh.parameters(), *fresh.buffers()))
+
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    def test_of_weights_that_were_not_tied_the_last_is_that_of_a_tied_model(self, device, tmp_path):
+        model = embcomp.compress_(Tied(), "hash", "50%", verbose=False).model
+        model.b.weight = nn.Parameter(torch.full((8, 8), 3.0))
+        embcomp.save_pretrained(model, tmp_path)
+        with torch.device(device):
+            fresh = Tied()
+        embcomp.load_pretrained_(fresh, tmp_path, verbose=False)
+        assert fresh.a.weight is fresh.b.weight
+        assert torch.equal(fresh.a.weight, model.b.weight)
 
     @pytest.mark.parametrize("rows", ["int4:column", "int4:row", "float16", "int4:column:after"])
     @pytest.mark.parametrize("target", ["plain", "compressed", "switched off"])

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from embcomp._optimizer_state import wrapped_by
+
 if TYPE_CHECKING:
     from embcomp.tables import EmbeddingTables
 
@@ -32,7 +34,7 @@ def reset_rows_(groups: Iterable[EmbeddingTables], *optimizers: torch.optim.Opti
 
     Args:
         groups: tables, after their ``step_``.
-        optimizers: all that train them; of other parameters nothing is touched.
+        optimizers: all that train them, or what wraps those; of other parameters nothing is touched.
     """
     for tables in groups:
         for parameter, rows in tables.reassigned_():
@@ -55,10 +57,30 @@ def resetting_rows(groups: Sequence[EmbeddingTables], *optimizers: torch.optim.O
 
 @torch.no_grad()
 def _reset_rows_(parameter: Tensor, rows: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    for optimizer in optimizers:
-        for name, tensor in optimizer.state.get(parameter, {}).items():
-            if isinstance(tensor, Tensor) and tensor.shape[:1] == parameter.shape[:1]:
+    for optimizer in _with_inner(optimizers):
+        state = optimizer.state.get(parameter, {})
+        for name, tensor in state.items():
+            if not isinstance(tensor, Tensor) or tensor.shape[:1] != parameter.shape[:1]:
+                continue
+            if tensor.is_sparse:  # momenta of row-sparse gradients
+                state[name] = _without_rows(tensor, rows)
+            else:
                 tensor[rows.to(tensor.device)] = _first_value(optimizer, parameter, name)
+
+
+def _with_inner(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[torch.optim.Optimizer]:
+    """Optimizers, and those that they wrap, which may be where the state is."""
+    for optimizer in optimizers:
+        yield optimizer
+        yield from _with_inner(wrapped_by(optimizer).values())
+
+
+def _without_rows(tensor: Tensor, rows: Tensor) -> Tensor:
+    """A sparse tensor without the entries of some rows, which are zero then."""
+    tensor = tensor.coalesce()
+    stay = ~torch.isin(tensor.indices()[0], rows.to(tensor.device))
+    left = tensor.indices()[:, stay], tensor.values()[stay]
+    return torch.sparse_coo_tensor(*left, tensor.shape, is_coalesced=True, check_invariants=False)
 
 
 def _first_value(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str) -> float:

@@ -191,6 +191,50 @@ def test_stale_state_does_not_move_a_row_that_went_to_another_id(name):
         assert torch.equal(tables.rows.weight[0], row)
 
 
+def test_bug_momenta_of_row_sparse_gradients_are_reset_as_dense_ones_are():
+    """They are sparse tensors, and a slot that was given away raised a TypeError."""
+    runs = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        tables = make_tables(policy="lru", interval=2, sparse=sparse)
+        optimizer = OPTIMIZERS["momentum"](tables.parameters())
+        runs.append((tables, optimizer))
+    (dense, one), (sparse, other) = runs
+    given_away = 0
+    for ids in stream(30):
+        before = dense.residents_of("user").tolist()
+        train(dense, ids, one)
+        train(sparse, ids, other)
+        given_away += bool(before) and before != dense.residents_of("user").tolist()
+        mine, momentum = (own.state[t.rows.weight]["momentum_buffer"] for t, own in runs)
+        assert momentum.is_sparse
+        torch.testing.assert_close(momentum.to_dense(), mine)
+        torch.testing.assert_close(sparse.rows.weight, dense.rows.weight)
+    assert given_away >= 3
+
+
+class Wrapping(torch.optim.Optimizer):
+    """Hands steps on to another optimizer, where the state is."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, inner.defaults)
+        self.inner = [inner]
+
+    def step(self):
+        self.inner[0].step()
+
+
+def test_bug_state_within_a_wrapped_optimizer_was_not_reset():
+    tables = make_tables({"user": 1}, policy="lru", interval=2)
+    inner = OPTIMIZERS["momentum"](tables.parameters())
+    for value in (7, 7, 7, 8):
+        train(tables, torch.tensor([[value]]), Wrapping(inner))
+    assert tables.residents_of("user").tolist() == [8]
+    momentum = inner.state[tables.rows.weight]["momentum_buffer"]
+    assert momentum[0].eq(0).all()
+    assert momentum[1:].any()
+
+
 def test_without_the_reset_stale_momentum_does_move_it():
     tables = make_tables({"user": 1}, policy="lru", interval=2)
     optimizer = OPTIMIZERS["momentum"](tables.parameters())

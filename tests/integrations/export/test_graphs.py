@@ -63,6 +63,17 @@ def test_bug_lookups_of_every_strategy_in_batches_of_any_size(name, dim, tmp_pat
         torch.testing.assert_close(one(batch[:, 1]), tables(batch[:, 1], "t1"), rtol=0, atol=tolerance)
 
 
+def test_bug_tables_from_checkpoints_with_empty_tensors(tmp_path):
+    """torch took a size from addresses, of which empty tensors that safetensors loads have two: "numel: overflow"."""
+    specs = [embcomp.TableSpec("item", 200, 8), embcomp.TableSpec("user", 101, 8)]
+    config = embcomp.DynamicConfig(unseen="oov_row", rows="int8:table")
+    embcomp.save_pretrained(embcomp.build_tables(specs, config, "40%"), tmp_path / "saved")
+    tables = embcomp.from_pretrained(tmp_path / "saved").finalize_()
+    assert not tables.residents.map.ids.numel()
+    lookup, ids = loaded(export_pt2(tables, tmp_path / "t.pt2").path), mixed_ids(tables)
+    assert torch.equal(lookup(ids), tables(ids))
+
+
 def test_pt2_raises_for_unseen_ids(tmp_path):
     tables = build("full", unseen="error").finalize()
     lookup = loaded(export_pt2(tables, tmp_path / "t.pt2", table="item").path)
