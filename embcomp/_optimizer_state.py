@@ -159,7 +159,9 @@ def load_states_(
             for name, own in group.parameters.items():
                 loaded = optimizer.state.get(parameters[name], {})
                 for key, tensor in own.tensors.items():
-                    if loaded[key].dtype != tensor.dtype:  # torch rounds to the dtype of the parameter
+                    if (
+                        key in loaded and loaded[key].dtype != tensor.dtype
+                    ):  # torch rounds to the dtype of the parameter
                         loaded[key] = tensor.to(loaded[key].device, copy=True)
 
 

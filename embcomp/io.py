@@ -76,11 +76,10 @@ def save_pretrained(
     if any(tables.is_sharded for tables in find_groups(model).values()):
         raise IncompatibleStateError("rows of these tables lie in several processes: use save_sharded in all of them")
     states, initial = None, None
-    if optimizers is not None:
+    if optimizers is not None or phases is not None:
         _check_phases(model, phases)
         initial = None if phases is None else PhaseState(phases.phase.name, phases.initial)
-        optimizers = optimizers if phases is None else [*optimizers, *phases.optimizers]
-        states = states_of(dict(model.named_parameters()), optimizers)
+        states = states_of(dict(model.named_parameters()), _with_those_of(phases, optimizers or ()))
     return write_pretrained(model, folder, model.state_dict(), states, initial)
 
 
@@ -198,12 +197,21 @@ def load_optimizers_(
             "entered as they were"
         )
     parameters = dict(model.named_parameters())
-    optimizers = optimizers if phases is None else [*optimizers, *phases.optimizers]
+    optimizers = _with_those_of(phases, optimizers)
     check_fit(states_of(parameters, optimizers), saved, checkpoint)
     if phases is not None and phase is not None:
         load_compressed(model, saved_groups(checkpoint), checkpoint)
         phases.initial = phase.initial
     load_states_(parameters, optimizers, saved)
+
+
+def _with_those_of(
+    phases: Phases | None, optimizers: Sequence[torch.optim.Optimizer]
+) -> Sequence[torch.optim.Optimizer]:
+    """The optimizers of a loop, and those of architecture parameters."""
+    if phases is None or isinstance(optimizers, torch.optim.Optimizer):  # of which states_of says that it is no list
+        return optimizers
+    return [*optimizers, *phases.optimizers]
 
 
 def _check_phases(model: nn.Module, phases: Phases | None) -> None:

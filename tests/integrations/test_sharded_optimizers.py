@@ -122,6 +122,9 @@ def refusals(rank, world_size, folder):
     train(model, optimizer, rank, world_size, 0, 1)
     sharding.save_sharded(model, folder / "with", optimizers=[optimizer])
     sharding.save_sharded(model, folder / "without")
+    if rank == 0:
+        embcomp.save_pretrained(model_of("hash"), folder / "alone", optimizers=[])
+    dist.barrier()
     dense = list(sharding.dense_parameters(model))
     plain, _ = distributed(model_of("hash"), "sgd", "row_wise")
     full, _ = distributed(model_of("hash"), "adagrad", "row_wise")
@@ -129,6 +132,7 @@ def refusals(rank, world_size, folder):
     told = []
     for wrong, name, optimizers in (
         (model, "without", [optimizer]),
+        (model, "alone", [optimizer]),
         (model, "nowhere" if rank else "with", [optimizer]),
         (model, "with", [torch.optim.SGD(dense)]),
         (model, "with", [torch.optim.Adam(dense[1:] if rank else dense)]),
@@ -159,6 +163,7 @@ def test_other_optimizers_are_refused_in_every_process(tmp_path):
     ranks = run_workers(refusals, 2, tmp_path)
     words = [
         "has no state of optimizers",
+        "has no state of sharded rows: save_pretrained has written it",
         "nowhere/embcomp_config.json does not exist",
         "has the state of torch.Adam, and is to be loaded by torch.SGD",
         "for other parameters: out.weight",

@@ -87,7 +87,7 @@ def test_training_goes_on_bit_for_bit_from_any_phase(name, place, tmp_path):
         place = 0
     stop = phases.phases[place].name, 0 if phases.phases[place].is_search else STEPS // 2
     optimizer = go_through(model, phases, stop=stop)
-    optimizers = [] if phases.phase.is_search else [optimizer]
+    optimizers = None if phases.phase.is_search else [optimizer]
     embcomp.save_pretrained(model, tmp_path, optimizers, phases)
     go_through(model, phases, begin=(*stop, optimizer))
 
@@ -123,6 +123,8 @@ def test_phases_that_are_missing_or_others_are_told(tmp_path):
     optimizer = go_through(model, phases, stop=("supernet", 2))
     with pytest.raises(ConfigError, match="are in phase 'supernet', one of several: give phases= too"):
         embcomp.save_pretrained(model, tmp_path, [optimizer])
+    with pytest.raises(ConfigError, match=r"give a list of them, \[optimizer\]"):
+        embcomp.save_pretrained(model, tmp_path, optimizer, phases)
     embcomp.save_pretrained(model, tmp_path, [optimizer], phases)
     handle = embcomp.load_pretrained_(ClickModel(SIZES), tmp_path, verbose=False)
     again = Phases(handle.model)

@@ -20,6 +20,13 @@ WIDTHS = "widths"
 """Beside accumulators of rows that are cut by column, one after the other: int64, how wide each part is."""
 
 
+def told_by_all(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """What each process tells the others, by rank."""
+    told: list[Any] = [None] * group.size()
+    dist.all_gather_object(told, value, group)
+    return told
+
+
 def gather_row_states(
     model: DistributedModelParallel, group: dist.ProcessGroup, device: torch.device
 ) -> OptimizerState:
@@ -38,8 +45,7 @@ def gather_row_states(
     """
     rank, own = dist.get_rank(group), _sharded(model)
     shards = {name: (value.size(), value.dtype, _places(value)) for name, value in own.items()}
-    told: list[Any] = [None] * group.size()
-    dist.all_gather_object(told, shards, group)
+    told = told_by_all(shards, group)
     if any(key == "momentum2" for theirs in told for _, key in theirs):
         raise ConfigError("TorchRec does not tell which step Adam is at for sharded rows: save without optimizers")
     whole: dict[tuple[str, str], Tensor] = {}

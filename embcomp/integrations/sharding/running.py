@@ -27,7 +27,7 @@ from embcomp.integrations.sharding.plans import (
     skeleton,
     wanted_shardings,
 )
-from embcomp.integrations.sharding.row_states import ROWS, fitted_row_states, gather_row_states
+from embcomp.integrations.sharding.row_states import ROWS, fitted_row_states, gather_row_states, told_by_all
 from embcomp.integrations.sharding.rows import ShardableRows, shardable_, stores_of
 from embcomp.io import check_loaded, write_pretrained
 
@@ -47,6 +47,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "adam": ("eps",),
 }
 """Options of the optimizers that TorchRec's kernels obey, everywhere; others would be ignored, or fail within them."""
+_NO_ROWS = OptimizerState("", [])
 _OTHER_ROWS = "rows have another optimizer than the one that was saved, or were sharded otherwise"
 
 
@@ -170,7 +171,7 @@ def save_sharded(
         states = None if optimizers is None else states_of(dict(model.named_parameters()), optimizers)
     except EmbcompError as error:
         found = type(error), str(error)
-    told = _told((found, states is None), group)
+    told = told_by_all((found, states is None), group)
     _raise_first([theirs for theirs, _ in told])
     if len({is_none for _, is_none in told}) > 1:
         raise IncompatibleStateError("some processes have optimizers=None and some have not: give the same in all")
@@ -219,7 +220,7 @@ def load_optimizers_(
     rows, wanted, found = set[str](), set[str](), None
     try:
         checkpoint = read_checkpoint(Path(folder))
-        *saved, of_rows = read_states(checkpoint)
+        *saved, of_rows = read_states(checkpoint) or [_NO_ROWS]
         check_loaded(model, checkpoint)
         if of_rows.kind != ROWS:
             raise IncompatibleStateError(f"{folder} has no state of sharded rows: save_pretrained has written it")
@@ -230,7 +231,7 @@ def load_optimizers_(
             raise IncompatibleStateError(f"{folder}: {_OTHER_ROWS}: {wrong}")
     except EmbcompError as error:  # the others wait: all are to hear of it
         found = type(error), str(error)
-    told = _told((found, rows), group)
+    told = told_by_all((found, rows), group)
     _raise_first([theirs for theirs, _ in told])
     if strange := sorted(wanted.difference(*(theirs for _, theirs in told))):
         raise IncompatibleStateError(f"{folder}: {_OTHER_ROWS}: it keeps none for rows {strange[0]}")
@@ -246,13 +247,6 @@ def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     group = group or dist.group.WORLD
     assert group is not None
     return group
-
-
-def _told(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """What each process tells all."""
-    told: list[Any] = [None] * group.size()
-    dist.all_gather_object(told, value, group)
-    return told
 
 
 def _raise_first(errors: list[tuple[type[EmbcompError], str] | None]) -> None:
@@ -285,7 +279,7 @@ def _check_optimizer(optimizer: str, options: Mapping[str, Any], device: torch.d
 def _check_alike(model: nn.Module, group: dist.ProcessGroup) -> None:
     """Compare rows of the processes' models, of which each will hold some; the rest is copied from the first one."""
     told = {", ".join(names[:3]): _sums(store.get_parameter("weight")) for _, store, names in stores_of(model)}
-    every = _told(told, group)
+    every = told_by_all(told, group)
     for rank, other in enumerate(every):
         for rows in {**every[0], **other}:
             one, own = every[0].get(rows), other.get(rows)
