@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -29,7 +29,7 @@ class ParameterState:
 
     shape: tuple[int, ...]
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    numbers: dict[str, int | float] = field(default_factory=dict)
+    numbers: dict[str, int | float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,22 +75,33 @@ def wrapped_by(optimizer: torch.optim.Optimizer) -> dict[str, torch.optim.Optimi
     return found
 
 
+def listed(optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
+    """Optimizers as a list.
+
+    Raises:
+        ConfigError: if they are none, or one of them is no plain torch optimizer.
+    """
+    if isinstance(optimizers, torch.optim.Optimizer) or not isinstance(optimizers, Iterable):
+        raise ConfigError(f"optimizers is one {type(optimizers).__name__}: give a list of them, [optimizer]")
+    found = list(optimizers)
+    for number, optimizer in enumerate(found):
+        _check_plain(number, optimizer)
+    return found
+
+
 def states_of(
     parameters: Mapping[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]
 ) -> list[OptimizerState]:
     """The state of optimizers, by the names of parameters.
 
     Raises:
-        ConfigError: if one is no plain torch optimizer, or two train one parameter.
+        ConfigError: if two train one parameter.
         IncompatibleStateError: if one trains what is not among the parameters, or keeps what is no tensor or number.
     """
-    if isinstance(optimizers, torch.optim.Optimizer):
-        raise ConfigError(f"optimizers is one {type(optimizers).__name__}: give a list of them, [optimizer]")
     names = {id(parameter): name for name, parameter in parameters.items()}
     found: list[OptimizerState] = []
     known: set[str] = set()
     for number, optimizer in enumerate(optimizers):
-        _check_plain(number, optimizer)
         groups = []
         for group in optimizer.param_groups:
             own: dict[str, ParameterState] = {}
@@ -106,6 +117,11 @@ def states_of(
                 known.add(name)
                 own[name] = _state_of(optimizer, name, parameter)
             groups.append(GroupState(_options_of(optimizer, group), own))
+        if strange := optimizer.state.keys() - {p for group in optimizer.param_groups for p in group["params"]}:
+            raise IncompatibleStateError(
+                f"optimizers[{number}], {type(optimizer).__name__}, keeps state of none of its parameters, such as "
+                f"{next(iter(strange))!r}: it can't be saved by their names"
+            )
         found.append(OptimizerState(_kind(optimizer), groups))
     return found
 
@@ -250,9 +266,9 @@ def _state_of(optimizer: torch.optim.Optimizer, name: str, parameter: nn.Paramet
     for key, value in optimizer.state.get(parameter, {}).items():
         if isinstance(value, Tensor) and value.layout is torch.strided:
             own.tensors[key] = value.detach()
-        elif isinstance(value, int | float) and math.isfinite(value):
+        elif _is_number(value):
             own.numbers[key] = value
-        elif value is not None:
+        else:
             what = f"a tensor of layout {value.layout}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise IncompatibleStateError(
                 f"{type(optimizer).__name__} keeps {key!r} of {name!r}, {what}: only dense tensors and finite numbers "
@@ -279,7 +295,12 @@ def _options_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> d
 
 
 def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    return isinstance(value, str) or _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is one of JSON: a finite number, a flag, or None."""
+    return value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _like(now: Any, saved: Any) -> Any:
@@ -294,6 +315,6 @@ def _read_parameter(checkpoint: Checkpoint, name: str, raw: Any) -> ParameterSta
     own = ParameterState(tuple(get(raw, "shape", list, file)), numbers=get(raw, "numbers", dict, file))
     for key, tensor in get(raw, "tensors", dict, file).items():
         own.tensors[key] = checkpoint.training_tensors[tensor]
-    if strange := [key for key, value in own.numbers.items() if not isinstance(value, int | float)]:
+    if strange := [key for key, value in own.numbers.items() if not _is_number(value)]:
         raise IncompatibleStateError(f"{file}: {strange[0]!r} of the optimizer of {name!r} must be a number")
     return own

@@ -8,7 +8,7 @@ checkpoint or the new one, whole, and files of other origin in the folder are ne
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +20,20 @@ from embcomp._optimizer_state import (
     OptimizerState,
     PhaseState,
     check_fit,
+    listed,
     load_states_,
     packed,
     read_phase,
     read_states,
     states_of,
 )
-from embcomp._restore import load_compressed, load_plain, saved_groups, stores_of
+from embcomp._restore import compare_states, load_compressed, load_plain, saved_groups, stores_of
 from embcomp.budget import Plan
 from embcomp.config import config_to_dict
 from embcomp.errors import ConfigError, IncompatibleStateError
 from embcomp.memory import format_bytes, sum_reports
 from embcomp.reporting import markdown_rows, table_rows
-from embcomp.sites import find_groups
+from embcomp.sites import find_groups, unwrapped
 from embcomp.swap import Compression, groups_of
 from embcomp.tables import EmbeddingTables
 from embcomp.views import TableView
@@ -79,7 +80,7 @@ def save_pretrained(
     if optimizers is not None or phases is not None:
         _check_phases(model, phases)
         initial = None if phases is None else PhaseState(phases.phase.name, phases.initial)
-        states = states_of(dict(model.named_parameters()), _with_those_of(phases, optimizers or ()))
+        states = states_of(dict(model.named_parameters()), _every(optimizers or (), phases))
     return write_pretrained(model, folder, model.state_dict(), states, initial)
 
 
@@ -197,21 +198,19 @@ def load_optimizers_(
             "entered as they were"
         )
     parameters = dict(model.named_parameters())
-    optimizers = _with_those_of(phases, optimizers)
+    optimizers = _every(optimizers, phases)
     check_fit(states_of(parameters, optimizers), saved, checkpoint)
     if phases is not None and phase is not None:
+        own = {name: tensor for name, tensor in phases.weights().items() if name in phase.initial}
+        compare_states(own, phase.initial, checkpoint.weights_file, "first weight ")
         load_compressed(model, saved_groups(checkpoint), checkpoint)
         phases.initial = phase.initial
     load_states_(parameters, optimizers, saved)
 
 
-def _with_those_of(
-    phases: Phases | None, optimizers: Sequence[torch.optim.Optimizer]
-) -> Sequence[torch.optim.Optimizer]:
+def _every(optimizers: Iterable[torch.optim.Optimizer], phases: Phases | None) -> list[torch.optim.Optimizer]:
     """The optimizers of a loop, and those of architecture parameters."""
-    if phases is None or isinstance(optimizers, torch.optim.Optimizer):  # of which states_of says that it is no list
-        return optimizers
-    return [*optimizers, *phases.optimizers]
+    return [*listed(optimizers), *([] if phases is None else phases.optimizers)]
 
 
 def _check_phases(model: nn.Module, phases: Phases | None) -> None:
@@ -236,17 +235,6 @@ def check_loaded(model: nn.Module, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.config_file} is not the checkpoint that the model was loaded from, but a later one or "
                 "another: call load_pretrained_ again, so that weights and optimizers are of one moment"
             )
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model in what compiles it or copies it to several devices, whose names have a prefix of theirs."""
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile, slow to import
-            model = inner
-        else:
-            return model
 
 
 def _describe(prefix: str, tables: EmbeddingTables) -> dict[str, Any]:

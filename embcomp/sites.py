@@ -152,6 +152,17 @@ def find_sites(model: nn.Module, fused: Mapping[str, Fields] | None = None) -> l
     return list(by_name.values())
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model in what compiles it or copies it to several devices, whose names have a prefix of theirs."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile, slow to import
+            model = inner
+        else:
+            return model
+
+
 def find_groups(model: nn.Module) -> dict[str, EmbeddingTables]:
     """The groups inside a model, by their prefix in its state dict; groups that are parts of others are not listed."""
     groups: dict[str, EmbeddingTables] = {}

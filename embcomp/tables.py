@@ -63,7 +63,7 @@ class EmbeddingTables(IncomingIds):
     is_paused: bool = False
     """Whether a phase of training has switched its gradients off for a while (`embcomp.training.Phases`)."""
     current_phase: str | None = None
-    """Which of several phases training is in; None outside them."""
+    """Which of several phases training is in, or has left last; None before the first and after the last."""
     loaded_from: str | None = None
     """The digest of the checkpoint that the tables are of; None if they were built."""
 

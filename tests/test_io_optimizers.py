@@ -161,6 +161,7 @@ def saved(folder, make=torch.optim.Adam):
         (lambda model: torch.optim.Adam(model.parameters()), r"give a list of them, \[optimizer\]"),
         (lambda model: [torch.optim.Adam([*model.parameters(), nn.Parameter(torch.ones(3))])], r"of shape \(3,\)"),
         (lambda model: [Wrapping(torch.optim.Adam(model.parameters()))], r"give those, its \.inner \(Adam\)"),
+        (lambda model: None, "optimizers is one NoneType: give a list"),
         (lambda model: [model], r"optimizers\[0\] is a Model, not a torch.optim.Optimizer"),
     ],
 )
@@ -235,6 +236,22 @@ def test_options_that_are_no_plain_values_are_named(value, tmp_path):
     optimizer.param_groups[0]["odd"] = value
     with pytest.raises(IncompatibleStateError, match="SGD has the option odd="):
         embcomp.save_pretrained(model, tmp_path, [optimizer])
+
+
+def test_state_of_no_parameter_is_told(tmp_path):
+    model = plain().model
+    optimizer = torch.optim.SGD(model.parameters())
+    optimizer.state["global"] = {"d": torch.tensor(1.0)}
+    with pytest.raises(IncompatibleStateError, match="keeps state of none of its parameters, such as 'global'"):
+        embcomp.save_pretrained(model, tmp_path, [optimizer])
+
+
+def test_any_iterable_of_optimizers(tmp_path):
+    model = saved(tmp_path)
+    other = torch.optim.Adam(model.parameters())
+    embcomp.load_optimizers_(model, tmp_path, (one for one in [other]))
+    embcomp.save_pretrained(model, tmp_path, (one for one in [other]))
+    assert len(other.state) == len(list(model.parameters()))
 
 
 def test_no_optimizers_are_a_list_too(tmp_path):

@@ -68,11 +68,16 @@ def _reset_rows_(parameter: Tensor, rows: Tensor, optimizers: Sequence[torch.opt
                 tensor[rows.to(tensor.device)] = _first_value(optimizer, parameter, name)
 
 
-def _with_inner(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[torch.optim.Optimizer]:
-    """Optimizers, and those that they wrap, which may be where the state is."""
-    for optimizer in optimizers:
-        yield optimizer
-        yield from _with_inner(wrapped_by(optimizer).values())
+def _with_inner(optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
+    """Optimizers, and those that they wrap, which may be where the state is; each once."""
+    found: dict[int, torch.optim.Optimizer] = {}
+    waiting = list(optimizers)
+    while waiting:
+        optimizer = waiting.pop()
+        if id(optimizer) not in found:
+            found[id(optimizer)] = optimizer
+            waiting += wrapped_by(optimizer).values()
+    return list(found.values())
 
 
 def _without_rows(tensor: Tensor, rows: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from embcomp.config import strategy_of
 from embcomp.errors import ConfigError, InputError
 from embcomp.hooks import Loss, Predict, TrainingStep
 from embcomp.phases import PLAIN, Phase
-from embcomp.sites import find_groups
+from embcomp.sites import find_groups, unwrapped
 from embcomp.tables import EmbeddingTables
 from embcomp.training.batch_norms import unmoved
 from embcomp.training.greedy import GreedyCut
@@ -125,6 +125,9 @@ class Phases:
         for tables in self._concerned(phase):
             tables.leave_phase_(phase)
         self.release_()
+        if phase != self.phases[-1]:
+            for tables in self._unfinished:
+                tables.current_phase = phase.name  # until the next one: what later ones go back to is still needed
 
     def release_(self) -> None:
         """Give gradients back to all but architecture parameters, as `leave_` does, where a phase was broken off."""
@@ -158,15 +161,18 @@ class Phases:
         return [] if self._optimizer is None else [self._optimizer]
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's parameters and buffers by name, but for tables' buffers, which hold what was chosen."""
+        """The model's parameters and buffers by name, but for tables' buffers, which hold what was chosen.
+
+        Names are those of the model itself, where ``torch.compile`` or ``DistributedDataParallel`` wraps it.
+        """
         buffers = {id(b) for tables in self.groups for b in tables.buffers()}
-        state = self.model.state_dict(keep_vars=True)
+        state = unwrapped(self.model).state_dict(keep_vars=True)
         return {name: tensor for name, tensor in state.items() if id(tensor) not in buffers}
 
     @torch.no_grad()
     def load_weights_(self, weights: Mapping[str, Tensor]) -> None:
         """Take over what `weights` gave, or some of it."""
-        own = self.model.state_dict(keep_vars=True)
+        own = unwrapped(self.model).state_dict(keep_vars=True)
         for name, tensor in weights.items():
             own[name].copy_(tensor)
 

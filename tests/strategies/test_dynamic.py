@@ -219,6 +219,7 @@ class Wrapping(torch.optim.Optimizer):
     def __init__(self, inner):
         super().__init__(inner.param_groups, inner.defaults)
         self.inner = [inner]
+        inner.outer = self
 
     def step(self):
         self.inner[0].step()

@@ -105,6 +105,40 @@ def test_training_goes_on_bit_for_bit_from_any_phase(name, place, tmp_path):
     assert handle.tables[0].config == phases.groups[0].config
 
 
+def test_bug_first_weights_were_lost_between_two_phases(tmp_path):
+    model = compressed("optembed")
+    phases = Phases(model)
+    first = model.mlp[0].weight.detach().clone()
+    go_through(model, phases, stop=("search", 0))
+    phases.search_(partial(log_loss, model))
+    phases.leave_(phases.phase)
+    with pytest.raises(ConfigError, match="in phase 'search', one of several: give phases= too"):
+        embcomp.save_pretrained(model, tmp_path, [])
+    embcomp.save_pretrained(model, tmp_path, phases=phases)
+    handle = embcomp.load_pretrained_(ClickModel(SIZES), tmp_path, verbose=False)
+    again = Phases(handle.model)
+    again.enter_(again.phases[1])
+    embcomp.load_optimizers_(handle, tmp_path, [], again)
+    assert not torch.equal(handle.model.mlp[0].weight, first)
+    again.enter_(again.phases[2])
+    assert torch.equal(handle.model.mlp[0].weight, first)
+    again.leave_(again.phases[2])
+    embcomp.save_pretrained(handle, tmp_path, [])
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, partial(torch.compile, backend="eager")])
+def test_bug_first_weights_had_the_names_of_what_wraps_a_model(wrap, tmp_path):
+    wrapped = wrap(compressed("optembed"))
+    phases = Phases(wrapped)
+    phases.enter_(phases.phases[0])
+    embcomp.save_pretrained(wrapped, tmp_path, [torch.optim.Adam(phases.parameters())], phases)
+    handle = embcomp.load_pretrained_(ClickModel(SIZES), tmp_path, verbose=False)
+    again = Phases(handle.model)
+    again.enter_(again.phases[0])
+    embcomp.load_optimizers_(handle, tmp_path, [torch.optim.Adam(again.parameters())], again)
+    again.enter_(again.phases[2])
+
+
 def test_bug_tables_saved_in_a_search_were_frozen_for_good(tmp_path):
     model = compressed("optembed")
     phases = Phases(model)

@@ -17,7 +17,7 @@ from torchrec.distributed.types import ShardedTensor, ShardingEnv
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from embcomp._checkpoint import read_checkpoint
-from embcomp._optimizer_state import OptimizerState, check_fit, load_states_, read_states, states_of
+from embcomp._optimizer_state import OptimizerState, check_fit, listed, load_states_, read_states, states_of
 from embcomp.errors import ConfigError, EmbcompError, IncompatibleStateError, did_you_mean
 from embcomp.integrations.sharding.plans import (
     REPLICATED,
@@ -168,7 +168,7 @@ def save_sharded(
     group = _group(group)
     states, found = None, None
     try:
-        states = None if optimizers is None else states_of(dict(model.named_parameters()), optimizers)
+        states = None if optimizers is None else states_of(dict(model.named_parameters()), listed(optimizers))
     except EmbcompError as error:
         found = type(error), str(error)
     told = told_by_all((found, states is None), group)
@@ -219,6 +219,7 @@ def load_optimizers_(
     saved: list[OptimizerState] = []
     rows, wanted, found = set[str](), set[str](), None
     try:
+        optimizers = listed(optimizers)
         checkpoint = read_checkpoint(Path(folder))
         *saved, of_rows = read_states(checkpoint) or [_NO_ROWS]
         check_loaded(model, checkpoint)
@@ -235,9 +236,9 @@ def load_optimizers_(
     _raise_first([theirs for theirs, _ in told])
     if strange := sorted(wanted.difference(*(theirs for _, theirs in told))):
         raise IncompatibleStateError(f"{folder}: {_OTHER_ROWS}: it keeps none for rows {strange[0]}")
+    load_states_(parameters, optimizers, saved)
     for target, part in copies:
         target.copy_(part)
-    load_states_(parameters, optimizers, saved)
 
 
 # ---- inside ---------------------------------------------------------------------------------------------------------

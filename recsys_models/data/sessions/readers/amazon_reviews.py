@@ -64,7 +64,7 @@ class AmazonReviews(TimedReader):
 
     name: ClassVar[str] = "amazon_reviews"
     folder: ClassVar[str] = "amazon-reviews"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     category: str = "Beauty"
     min_rating: float = 0.0
