@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 CONFIG = "embcomp_config.json"
 FORMAT = "embcomp"
 FORMAT_VERSION = 3
-"""Of checkpoints with the state of optimizers; others are of version 2, which older readers know."""
+"""Of checkpoints with the state of training; others are of version 2, which older readers know."""
 SEAL = "config_sha256"
 """The key of the digest of all else in the config; there from format version 2 on."""
 TEMPORARY = ".embcomp-"

@@ -1,9 +1,9 @@
-"""State of optimizers in a checkpoint: tensors and plain values, by the names of the parameters they belong to."""
+"""State of training in a checkpoint: that of optimizers, by the names of parameters, and first weights of phases."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -61,18 +61,10 @@ class PhaseState:
     initial: dict[str, Tensor]
 
 
-def wrapped_by(optimizer: torch.optim.Optimizer) -> dict[str, torch.optim.Optimizer]:
-    """The optimizers that one holds as its attributes, or in lists or mappings there, by the attribute."""
-    found: dict[str, torch.optim.Optimizer] = {}
-    for name, value in vars(optimizer).items():
-        if name in ("state", "param_groups", "defaults"):
-            continue
-        values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
-        for own in values:
-            for part in own if isinstance(own, tuple) else (own,):
-                if isinstance(part, torch.optim.Optimizer) and part is not optimizer:
-                    found[f"{name}[{len(found)}]" if name in found else name] = part
-    return found
+def wrapped_by(optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.optim.Optimizer]]:
+    """The optimizers that one holds in its attributes, each with the name of the attribute."""
+    held = {name: value for name, value in vars(optimizer).items() if name not in ("state", "param_groups", "defaults")}
+    return [(name, part) for name, value in held.items() for part in _optimizers_in(value) if part is not optimizer]
 
 
 def listed(optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
@@ -212,22 +204,7 @@ def read_states(checkpoint: Checkpoint) -> list[OptimizerState]:
     file = checkpoint.config_file
     if "training" not in checkpoint.content:
         raise IncompatibleStateError(f"{file} has no state of optimizers: save it along, with optimizers=[...]")
-    return [
-        OptimizerState(
-            get(optimizer, "kind", str, file),
-            [
-                GroupState(
-                    get(group, "options", dict, file),
-                    {
-                        name: _read_parameter(checkpoint, name, raw)
-                        for name, raw in get(group, "parameters", dict, file).items()
-                    },
-                )
-                for group in get(optimizer, "groups", list, file)
-            ],
-        )
-        for optimizer in get(checkpoint.get("training", dict), "optimizers", list, file)
-    ]
+    return [_read_optimizer(checkpoint, raw) for raw in get(checkpoint.get("training", dict), "optimizers", list, file)]
 
 
 def read_phase(checkpoint: Checkpoint) -> PhaseState | None:
@@ -243,12 +220,21 @@ def read_phase(checkpoint: Checkpoint) -> PhaseState | None:
 # ---- inside ---------------------------------------------------------------------------------------------------------
 
 
+def _optimizers_in(value: Any) -> Iterator[torch.optim.Optimizer]:
+    """A value, if it is an optimizer, or those in it, if it is a list, a tuple or a mapping."""
+    if isinstance(value, torch.optim.Optimizer):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _optimizers_in(part)
+
+
 def _check_plain(number: int, optimizer: Any) -> None:
     kind = type(optimizer).__name__
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(f"optimizers[{number}] is a {kind}, not a torch.optim.Optimizer")
     if inner := wrapped_by(optimizer):
-        shown = ", ".join(f".{name} ({type(own).__name__})" for name, own in inner.items())
+        shown = ", ".join(f".{name} ({type(own).__name__})" for name, own in inner)
         raise ConfigError(f"optimizers[{number}] is a {kind} that has its state in others: give those, its {shown}")
     if (keys := optimizer.state_dict().keys()) != _KEYS:
         raise ConfigError(
@@ -308,6 +294,15 @@ def _like(now: Any, saved: Any) -> Any:
     if isinstance(now, Tensor):
         return torch.full_like(now, saved)
     return tuple(saved) if isinstance(saved, list) and isinstance(now, tuple | None) else saved
+
+
+def _read_optimizer(checkpoint: Checkpoint, raw: Any) -> OptimizerState:
+    file, groups = checkpoint.config_file, []
+    for group in get(raw, "groups", list, file):
+        parameters = get(group, "parameters", dict, file)
+        states = {name: _read_parameter(checkpoint, name, own) for name, own in parameters.items()}
+        groups.append(GroupState(get(group, "options", dict, file), states))
+    return OptimizerState(get(raw, "kind", str, file), groups)
 
 
 def _read_parameter(checkpoint: Checkpoint, name: str, raw: Any) -> ParameterState:

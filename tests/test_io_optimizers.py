@@ -12,6 +12,7 @@ from embcomp import ConfigError, IncompatibleStateError
 from embcomp._checkpoint import CONFIG, sealed
 from embcomp.training import RowwiseAdagrad
 from tests.checkpoints import FUSED, Model
+from tests.optimizers import Wrapping
 
 OPTIMIZERS = {
     "Adam": lambda given: [torch.optim.Adam(given, lr=0.1)],
@@ -37,14 +38,6 @@ class Sparse(nn.Module):
 
     def forward(self, ids):
         return self.item(ids)
-
-
-class Wrapping(torch.optim.Optimizer):
-    """What gives another optimizer its gradients, and has no state of its own."""
-
-    def __init__(self, inner):
-        super().__init__(inner.param_groups, inner.defaults)
-        self.inner = inner
 
 
 class Counting(torch.optim.SGD):

@@ -76,7 +76,7 @@ def _with_inner(optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.optim
         optimizer = waiting.pop()
         if id(optimizer) not in found:
             found[id(optimizer)] = optimizer
-            waiting += wrapped_by(optimizer).values()
+            waiting += [inner for _, inner in wrapped_by(optimizer)]
     return list(found.values())
 
 

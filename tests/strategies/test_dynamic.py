@@ -12,6 +12,7 @@ from embcomp import ConfigError, DynamicConfig, InputError, TableSpec, build_tab
 from embcomp.scoring import TableScorer, cross_entropy, sampled_cross_entropy
 from embcomp.strategies._dynamic_map import EMPTY, IdMap
 from embcomp.training import Phases, RowwiseAdagrad, reset_rows_
+from tests.optimizers import Wrapping
 from tests.strategies.dynamic_reference import Reference
 from tests.strategies.dynamic_tables import SLOTS, make_tables, slots_of, stream, train
 
@@ -211,18 +212,6 @@ def test_bug_momenta_of_row_sparse_gradients_are_reset_as_dense_ones_are():
         torch.testing.assert_close(momentum.to_dense(), mine)
         torch.testing.assert_close(sparse.rows.weight, dense.rows.weight)
     assert given_away >= 3
-
-
-class Wrapping(torch.optim.Optimizer):
-    """Hands steps on to another optimizer, where the state is."""
-
-    def __init__(self, inner):
-        super().__init__(inner.param_groups, inner.defaults)
-        self.inner = [inner]
-        inner.outer = self
-
-    def step(self):
-        self.inner[0].step()
 
 
 def test_bug_state_within_a_wrapped_optimizer_was_not_reset():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -47,7 +47,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "adam": ("eps",),
 }
 """Options of the optimizers that TorchRec's kernels obey, everywhere; others would be ignored, or fail within them."""
-_NO_ROWS = OptimizerState("", [])
+_Error: TypeAlias = tuple[type[EmbcompError], str] | None
 _OTHER_ROWS = "rows have another optimizer than the one that was saved, or were sharded otherwise"
 
 
@@ -166,7 +166,8 @@ def save_sharded(
             model's, or processes do not agree on whether there are optimizers.
     """
     group = _group(group)
-    states, found = None, None
+    states: list[OptimizerState] | None = None
+    found: _Error = None
     try:
         states = None if optimizers is None else states_of(dict(model.named_parameters()), listed(optimizers))
     except EmbcompError as error:
@@ -178,15 +179,12 @@ def save_sharded(
     if states is not None:
         states.append(gather_row_states(model, group, _device(group)))
     state = _gathered(model, group)
-    problem: list[str | None] = [None]
     if dist.get_rank(group) == 0:
         try:
             write_pretrained(model.module, folder, state, states)
         except Exception as error:  # the others wait: all are to hear of it
-            problem = [f"{type(error).__name__}: {error}"]
-    dist.broadcast_object_list(problem, 0, group)
-    if problem[0] is not None:
-        raise IncompatibleStateError(f"{folder} was not saved: {problem[0]}")
+            found = IncompatibleStateError, f"{folder} was not saved: {type(error).__name__}: {error}"
+    _raise_first(told_by_all(found, group))
 
 
 def load_optimizers_(
@@ -217,17 +215,19 @@ def load_optimizers_(
     parameters = dict(model.named_parameters())
     copies: list[tuple[Tensor, Tensor]] = []
     saved: list[OptimizerState] = []
-    rows, wanted, found = set[str](), set[str](), None
+    rows, wanted = set[str](), set[str]()
+    found: _Error = None
     try:
         optimizers = listed(optimizers)
         checkpoint = read_checkpoint(Path(folder))
-        *saved, of_rows = read_states(checkpoint) or [_NO_ROWS]
+        saved = read_states(checkpoint)
         check_loaded(model, checkpoint)
-        if of_rows.kind != ROWS:
+        if not saved or saved[-1].kind != ROWS:
             raise IncompatibleStateError(f"{folder} has no state of sharded rows: save_pretrained has written it")
+        [of_rows] = saved.pop().groups
         check_fit(states_of(parameters, optimizers), saved, checkpoint)
-        wanted = set(of_rows.groups[0].parameters)
-        copies, wrong, rows = fitted_row_states(model, of_rows.groups[0].parameters)
+        wanted = set(of_rows.parameters)
+        copies, wrong, rows = fitted_row_states(model, of_rows.parameters)
         if wrong:
             raise IncompatibleStateError(f"{folder}: {_OTHER_ROWS}: {wrong}")
     except EmbcompError as error:  # the others wait: all are to hear of it
@@ -250,7 +250,7 @@ def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     return group
 
 
-def _raise_first(errors: list[tuple[type[EmbcompError], str] | None]) -> None:
+def _raise_first(errors: list[_Error]) -> None:
     """Raise the first error of all processes in each of them, so that none waits for another."""
     for error in errors:
         if error is not None:
